@@ -1,0 +1,182 @@
+"""A Hugging Face checkpoint, in a folder or on the hub, as named lazy tensors.
+
+Knows where files are and whether they are whole. Names and shapes come out as mlx-lm's `sanitize`
+maps them; nothing is read from a shard before its tensor is evaluated.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import SourceError
+
+# Embedded in the file by bare name. Never code: nothing in a .squizd file is executed.
+TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+_DOWNLOAD = (*TOKENIZER_FILES, "config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass
+class Checkpoint:
+    """A whole checkpoint on this machine. `repo` and `revision` are empty for a local folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: list[Path]
+    repo: str = ""
+    revision: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def bundle(self) -> dict[str, bytes]:
+        """Tokenizer, chat template and generation config, by bare name."""
+        names = sorted(p.name for p in self.folder.iterdir() if p.is_file())
+        wanted = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in TOKENIZER_FILES)]
+        contents = {name: (self.folder / name).read_bytes() for name in wanted}
+        return {name: data for name, data in contents.items() if data}
+
+    def licence(self) -> str:
+        """The licence that the model card's front matter names, or an empty string."""
+        card = self.folder / "README.md"
+        text = card.read_text("utf-8", "replace")[:20000] if card.is_file() else ""
+        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+        found = re.search(r"^license:\s*['\"]?([^'\"\n]+)", front[1], re.MULTILINE) if front else None
+        return found[1].strip() if found else ""
+
+    def fingerprint(self) -> bytes:
+        """Identifies the source's state cheaply: names, sizes, times and headers of its shards."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.shards:
+            info = shard.stat()
+            digest.update(f"{shard.name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
+        return digest.digest()
+
+    def hashes(self) -> list[dict[str, Any]]:
+        """Name, size and SHA-256 of every shard; reads them all."""
+        found = []
+        for shard in self.shards:
+            with shard.open("rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            found.append({"name": shard.name, "size": shard.stat().st_size, "sha256": digest})
+        return found
+
+
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """A local folder, or else a repository id that huggingface_hub fetches.
+
+    Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME through huggingface_hub. Raises
+    SourceError when the checkpoint is absent, incomplete or damaged.
+    """
+    name = os.fspath(source)
+    folder, repo = Path(name), ""
+    if folder.is_file():
+        raise SourceError(f"{name} is a file", hint="give the folder that holds config.json, or a repository id")
+    if not folder.is_dir():
+        if not _REPO_ID.fullmatch(name) or name.startswith((".", "/", "~")):
+            raise SourceError(
+                f"{name}: no such folder", hint="give a folder with config.json, or a repository id org/name"
+            )
+        folder, repo = _download(name, revision), name
+    config = _read_config(folder)
+    shards = _find_shards(folder)
+    checkpoint = Checkpoint(folder, config, shards, repo, _commit(folder) if repo else "")
+    for shard in shards:
+        checkpoint.sizes.update(_check_shard(shard))
+    return checkpoint
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+    except errors.GatedRepoError as error:
+        raise SourceError(f"{repo} is gated", hint="accept its terms on the hub and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{repo}: no such folder, and no such repository on the hub", hint="check the name, or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise SourceError(f"{repo} has no revision {revision}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{repo}: no such folder, and the hub cannot be reached", hint="check the network, or unset HF_HUB_OFFLINE"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise SourceError(
+            f"{repo}: download failed: {str(error).splitlines()[0]}", hint="run it again; it resumes"
+        ) from error
+
+
+def _commit(folder: Path) -> str:
+    """The commit that a hub snapshot folder is named after."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise SourceError(f"{path.parent} has no {path.name}", hint="is this a Hugging Face model folder?") from error
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path} is not a JSON object")
+    return value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise SourceError(f"{folder / 'config.json'} names no model_type")
+    return config
+
+
+def _find_shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SourceError(f"{index} has no weight_map")
+        names = sorted({os.path.basename(str(name)) for name in weight_map.values()})
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise SourceError(
+                f"{folder}: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}",
+                hint="download the missing files",
+            )
+        return [folder / name for name in names]
+    shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise SourceError(
+            f"{folder} holds no .safetensors file", hint="pickled .bin checkpoints are not read; convert them first"
+        )
+    return shards
+
+
+def _check_shard(path: Path) -> dict[str, int]:
+    """Bytes by tensor name from a shard's header; SourceError unless the file is as long as it says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            if length > size - 8:
+                raise ValueError("the header is cut short")
+            header = json.loads(f.read(length))
+        spans = {name: e["data_offsets"] for name, e in header.items() if name != "__metadata__"}
+        end = 8 + length + max((end for _, end in spans.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise SourceError(f"{path}: not a whole safetensors file: {error}", hint="fetch it again") from error
+    if end != size:
+        raise SourceError(f"{path}: {size} bytes where its header says {end}", hint="fetch it again")
+    return {name: stop - start for name, (start, stop) in spans.items()}

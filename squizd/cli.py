@@ -1,0 +1,329 @@
+"""The `squizd` command: parse, call, map known errors to one line and an exit code.
+
+Exit codes: 0 done; 1 a known error, or an invalid file; 2 wrong usage, or (validate) unreadable;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import ReadError, SquizdError
+
+if TYPE_CHECKING:
+    from .generation import Sampling, Session
+
+_KNOWN_RECIPES = "int8, int4, int3, int2, mixed (experts 4, rest 8), mixed3, mixed2, mxfp4, keep"
+
+
+class _Group(click.Group):
+    """Runs a command; turns errors into one line and a hint."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            kwargs["standalone_mode"] = False
+            sys.exit(super().main(*args, **kwargs) or 0)
+        except click.exceptions.Abort:
+            _fail("interrupted", "", 130)
+        except click.ClickException as error:
+            if isinstance(error, click.UsageError):
+                error.show()
+                sys.exit(error.exit_code)
+            _fail(error.format_message(), "", error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted", "", 130)
+        except SquizdError as error:
+            _debug()
+            _fail(str(error), error.hint, 1)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (OSError, MemoryError) as error:
+            _debug()
+            _fail(str(error) or "out of memory", "", 1)
+        except Exception as error:
+            _debug()
+            _fail(f"internal error: {type(error).__name__}: {error}", "SQUIZD_DEBUG=1 shows where; please report it", 1)
+
+
+def _debug() -> None:
+    if os.environ.get("SQUIZD_DEBUG") == "1":
+        raise
+
+
+def _fail(message: str, hint: str, code: int) -> NoReturn:
+    click.echo(f"squizd: {' '.join(message.split())}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="squizd")
+def main() -> None:
+    """Run Mixture-of-Experts models that do not fit in memory, without changing their answers."""
+
+
+# -- compress --------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: NAME-RECIPE.squizd]")
+@click.option("--recipe", default="int4", show_default=True, help=f"Encodings: {_KNOWN_RECIPES}.")
+@click.option("--quantizer", default="mse", show_default=True, help="mse (fitted) or minmax (as mlx-lm quantizes).")
+@click.option("--override", "overrides", multiple=True, metavar="PATTERN=SPEC",
+              help="Encoding for tensor paths that match, the last match wins; SPEC: keep, mxfp4, mxfp8, nvfp4, or bits 2-8 as 4 or 4g32.")  # fmt: skip
+@click.option("--revision", help="Branch, tag or commit of a repository.")
+@click.option("--zstd", is_flag=True, help="Compress records with zstd: smaller to ship, slower to page.")
+@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def compress(source: str, output: str | None, recipe: str, as_json: bool, **options: Any) -> None:
+    """Turn a Hugging Face checkpoint SOURCE (repository id or folder) into one .squizd file.
+
+    Interrupted, it leaves OUTPUT.partial; the same command goes on from there.
+
+    Example: squizd compress Qwen/Qwen3-30B-A3B -o qwen3.squizd --recipe mixed
+    """
+    _need_mlx()
+    from tqdm import tqdm
+
+    from .compression import compress as run_compress
+
+    target = output or f"{os.path.basename(os.path.abspath(source))}-{recipe}.squizd"
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="compress", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.reset(total)
+                bar.initial = done
+            bar.update(done - bar.n)
+
+        s = run_compress(source, target, recipe=recipe, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(s)))
+        return
+    if s.unquantized:
+        click.echo(
+            f"not quantized, their rows fit no group: {len(s.unquantized)} tensors ({s.unquantized[0]}, ...)", err=True
+        )
+    resumed = f", resumed after {s.resumed} records" if s.resumed else ""
+    click.echo(
+        f"{s.path}: {_size(s.source_bytes)} -> {_size(s.file_bytes)}, {s.parameters / 1e6:,.1f} M parameters, "
+        f"{s.bits_per_weight:.3f} bits per weight, {s.seconds:.1f} s{resumed}"
+    )
+
+
+# -- run ---------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("-p", "--prompt", help="The prompt; '-' reads it from standard input.")
+@click.option("-n", "--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--memory", metavar="SIZE", help="Budget for weights, cache and work space, as 6GB.")
+@click.option("--resident", metavar="SHARE", help="Share of the experts to keep in memory, as 25%.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=2),
+    help="Tokens to reserve cache for.  [default: what the prompt needs; chat: 4096]",
+)
+@click.option(
+    "--temp", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 always takes the likeliest token."
+)
+@click.option(
+    "--top-p",
+    default=0.0,
+    type=click.FloatRange(0, 1),
+    help="Draw from the likeliest tokens of this total probability.",
+)
+@click.option("--top-k", default=0, type=click.IntRange(min=0), help="Draw from the K likeliest tokens.")
+@click.option(
+    "--min-p", default=0.0, type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest."
+)
+@click.option("--seed", type=int, help="Makes drawn answers repeatable.")
+@click.option("--chat/--no-chat", default=None, help="Use the model's chat template.  [default: if it has one]")
+@click.option("--system", default="", help="System message of the chat.")
+@click.option("--quiet", is_flag=True, help="No statistics line.")
+def run(file: str, prompt: str | None, memory: str | None, resident: str | None, context: int | None, **o: Any) -> None:
+    """Answer a prompt, or chat if there is none, within a memory budget.
+
+    Example: squizd run qwen3.squizd --memory 6GB -p "Why is the sky blue?"
+    """
+    _need_mlx()
+    from .generation import Sampling
+
+    sampling = Sampling(o["temp"], o["top_p"], o["top_k"], o["min_p"], o["seed"])
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read()
+    _run(file, prompt, memory, resident, context, sampling, o)
+
+
+def _run(
+    file: str,
+    prompt: str | None,
+    memory: str | None,
+    resident: str | None,
+    context: int | None,
+    sampling: Sampling,
+    o: dict[str, Any],
+) -> None:
+    from .generation import Session
+
+    with Session(file, memory=memory, resident=resident, context=context) as session:
+        chat = session.tokenizer.has_chat_template if o["chat"] is None else o["chat"]
+        if prompt is None:
+            _converse(session, chat, sampling, o)
+        else:
+            parts = session.stream(
+                prompt, max_tokens=o["max_tokens"], chat=chat, system=o["system"] if chat else "", sampling=sampling
+            )
+            for part in parts:
+                click.echo(part.text, nl=False)
+            click.echo()
+            _statistics(session, o)
+
+
+def _converse(session: Session, chat: bool, sampling: Sampling, o: dict[str, Any]) -> None:
+    """A conversation at the terminal: Ctrl-C stops an answer, Ctrl-D or /exit leaves, /new starts over."""
+    from .generation import Conversation
+
+    try:
+        import readline  # noqa: F401 - line editing for input()
+    except ImportError:
+        pass
+    click.echo("Ctrl-C stops an answer, /new starts over, /exit or Ctrl-D leaves.", err=True)
+    conversation = Conversation(o["system"])
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+        if line == "/exit":
+            return
+        if line == "/new":
+            conversation = Conversation(o["system"])
+        if not line or line == "/new":
+            continue
+        try:
+            if chat:
+                parts = session.reply(conversation, line, max_tokens=o["max_tokens"], sampling=sampling)
+            else:
+                parts = session.stream(line, max_tokens=o["max_tokens"], sampling=sampling)
+            for part in parts:
+                click.echo(part.text, nl=False)
+            click.echo()
+        except KeyboardInterrupt:
+            click.echo(" (stopped)")
+            continue
+        _statistics(session, o)
+
+
+def _statistics(session: Session, o: dict[str, Any]) -> None:
+    if o["quiet"]:
+        return
+    timing, stats = session.timing, session.stats
+    rate = f"{timing.tokens_per_second:.1f} tokens/s, " if timing.tokens_per_second else ""
+    click.echo(
+        f"{timing.prompt_tokens} + {timing.generated_tokens} tokens, {rate}first token {timing.first_token_seconds:.2f} s, "
+        f"hit rate {stats.hit_rate:.1%}, {_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}",
+        err=True,
+    )
+
+
+def _peak_memory() -> int:
+    """Most bytes of memory that this process ever held (its maximum resident set size)."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# -- validate, inspect -------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--deep", is_flag=True, help="Read everything: digests, zstd frames, padding, values.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def validate(file: str, deep: bool, as_json: bool) -> int:
+    """Check FILE against every rule of the format; exit code 0 valid, 1 invalid, 2 unreadable.
+
+    Example: squizd validate --deep qwen3.squizd
+    """
+    from .container import validate as run_validate
+
+    try:
+        report = run_validate(file, deep=deep)
+    except ReadError as error:
+        _fail(str(error), error.hint, 2)
+    if as_json:
+        errors = [fault._asdict() for fault in report.errors]
+        click.echo(json.dumps({"path": file, "deep": deep, "ok": report.ok, "errors": errors}))
+    elif report.ok:
+        click.echo(f"{file}: valid{' (deep)' if deep else ''}")
+    else:
+        for fault in report.errors:
+            click.echo(f"{file}: {fault.code} at byte {fault.offset}: {fault.message}", err=True)
+    return 0 if report.ok else 1
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(file: str, as_json: bool) -> None:
+    """Show what is inside FILE: sections, sizes by role, bits per weight, recipe, provenance.
+
+    Example: squizd inspect qwen3.squizd
+    """
+    from .container import open as open_file
+    from .inspection import describe
+
+    with open_file(file) as f:
+        facts = describe(f)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    click.echo(f"{file}: {facts['model_type']}, {_size(facts['size'])}, {facts['bits_per_weight']:.3f} bits per weight")
+    click.echo(f"file id   {facts['file_id']}")
+    click.echo("roles     " + "; ".join(_role_line(role, r) for role, r in facts["roles"].items()))
+    click.echo(
+        f"experts   {facts['experts']['layers']} layers, {facts['experts']['records']} records of {facts['experts']['encodings']}"
+    )
+    click.echo("sections  " + ", ".join(f"{s['type']} {_size(s['stored_size'])}" for s in facts["sections"]))
+    click.echo(f"recipe    {json.dumps(facts['recipe'])}")
+    click.echo(f"source    {json.dumps(facts['source'])}")
+    click.echo(f"files     {', '.join(facts['files']) or 'none'}")
+
+
+def _role_line(role: str, facts: dict[str, Any]) -> str:
+    return f"{role} {facts['parameters'] / 1e6:,.1f} M at {facts['bits_per_weight']:.2f}"
+
+
+# -- shared ------------------------------------------------------------------------------------------------
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _need_mlx() -> None:
+    from .backend import require
+
+    require()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""How stored values are chosen: every method turns weights into codes, scales and biases.
+
+A method decides only which numbers are stored. What they mean is the encoding's business, so blocks of
+all methods decode alike (`squizd.codecs`) and run in MLX's own kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import mlx.core as mx
+
+from squizd.container.layout import Encoding
+from squizd.errors import RecipeError
+from squizd.quantizers.minmax import minmax
+from squizd.quantizers.mse import mse
+from squizd.quantizers.packing import DTYPES, FLOAT_DTYPES, Quantized, pack
+
+__all__ = ["METHODS", "Quantized", "pack", "quantize"]
+
+METHODS: Final[dict[str, Callable[[mx.array, Encoding, mx.array | None], Quantized]]] = {
+    "minmax": minmax,
+    "mse": mse,
+}
+
+
+def quantize(
+    w: mx.array, encoding: Encoding, method: str = "minmax", importance: mx.array | None = None
+) -> Quantized:
+    """Turn weights into what a file stores for them.
+
+    Args:
+        w: weights [..., out, in], f32, f16 or bf16, finite. For a raw encoding any shape, and integers too.
+        encoding: a registered encoding; its group size divides `in`.
+        method: a key of `METHODS`. A raw encoding leaves nothing to choose and takes any.
+        importance: [in] or [..., in], see `mse`; None for `minmax`.
+
+    Returns:
+        codes, scales, biases, evaluated. Affine: uint32 [..., out, in * bits / 32] in MLX's packing, and two
+        arrays [..., out, in / group_size] of `encoding.dtype`. Microscaling: the same codes, scales uint8,
+        None. Raw: `w` as `encoding.dtype`, None, None.
+
+    Raises:
+        RecipeError: the encoding or method is unknown, they do not go together or do not fit `w`, or `w` holds
+            values that they cannot represent. Messages do not know the tensor's name.
+    """
+    if not encoding.is_registered():
+        raise RecipeError(f"{encoding} is not a registered encoding")
+    if method not in METHODS:
+        raise RecipeError(f"unknown quantization method {method!r}", hint=f"known: {', '.join(METHODS)}")
+    if w.size == 0:
+        raise RecipeError(f"cannot store a tensor of shape {w.shape}: it is empty")
+    if encoding.mode == "raw":
+        return _cast(w, encoding), None, None
+    if w.dtype not in FLOAT_DTYPES:
+        raise RecipeError(f"cannot quantize weights of type {w.dtype}")
+    if w.ndim < 2:
+        raise RecipeError(f"cannot quantize shape {w.shape}: two dimensions are needed")
+    if w.shape[-1] % encoding.group_size:
+        raise RecipeError(f"rows of {w.shape[-1]} weights do not divide into groups of {encoding.group_size}")
+    if not bool(mx.all(mx.isfinite(w))):
+        raise RecipeError("the weights hold NaN or infinity")
+    codes, scales, biases = METHODS[method](w, encoding, importance)
+    mx.eval(codes, scales, biases)
+    if encoding.mode == "affine" and not all(bool(mx.all(mx.isfinite(x))) for x in (scales, biases) if x is not None):
+        raise RecipeError(f"the weights span more than {encoding.dtype} scales and biases can hold")
+    return codes, scales, biases
+
+
+def _cast(w: mx.array, encoding: Encoding) -> mx.array:
+    """`w` in the raw encoding's type: floats may be rounded, integers must be of that type already."""
+    dtype = DTYPES[encoding.dtype]
+    if w.dtype == dtype:
+        mx.eval(w)
+        return w
+    if w.dtype not in FLOAT_DTYPES or dtype not in FLOAT_DTYPES:
+        raise RecipeError(f"cannot store {w.dtype} numbers as {encoding.dtype}")
+    cast = w.astype(dtype)
+    if not bool(mx.all(mx.isfinite(cast) | ~mx.isfinite(w))):
+        raise RecipeError(f"the numbers exceed what {encoding.dtype} can hold")
+    return cast

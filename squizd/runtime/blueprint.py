@@ -1,0 +1,221 @@
+"""The model that a file describes, complete in shape and empty of weights, and where every stored part goes.
+
+Knows module paths and array shapes; reads no payload and materialises nothing: after `draw` each
+parameter is a lazy constant of the type and shape that the loaded one will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .. import architecture
+from ..container.layout import Encoding, MoeLayer, Record, Tensor
+from ..container.reader import File
+from ..errors import SourceError
+from .device import compute_type, widened
+from .io import Part, Scatter
+
+
+@dataclass(frozen=True)
+class Target:
+    """One array of the model: parameter name, shape, type, and the part of a record that fills it.
+
+    In an expert layer the name is relative to the expert module and the shape is that of one expert.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    part: Part
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A record that is loaded once: its arrays and how to read it."""
+
+    tensor: Tensor
+    record: Record
+    targets: tuple[Target, ...]
+    scatter: Scatter
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """A module whose arrays hold one row per expert, and how to read a row."""
+
+    layer: MoeLayer
+    module: nn.Module
+    targets: tuple[Target, ...]
+    scatters: dict[int, Scatter]  # by shard-layout id; all fill `targets`
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one expert."""
+        return sum(target.part.target_bytes for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """An mlx-lm model without weights, and what fills it."""
+
+    model: nn.Module
+    residents: tuple[Resident, ...]
+    layers: tuple[ExpertLayer, ...]
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        """Put `module` where `path` is."""
+        at, _, leaf = path.rpartition(".")
+        parent: Any = self.model
+        for piece in at.split(".") if at else ():
+            parent = parent[int(piece)] if isinstance(parent, list) else getattr(parent, piece)
+        if isinstance(parent, list):
+            parent[int(leaf)] = module
+        else:
+            setattr(parent, leaf, module)
+
+    def set_arrays(self, arrays: Iterable[tuple[str, mx.array]]) -> None:
+        """Give the named parameters of the model these arrays."""
+        fill(self.model, arrays)
+
+
+def fill(module: nn.Module, arrays: Iterable[tuple[str, mx.array]]) -> None:
+    """Give the named parameters of `module` these arrays."""
+    tree: Any = tree_unflatten(list(arrays))
+    module.update(tree, strict=False)
+
+
+def draw(file: File) -> Blueprint:
+    """The blueprint of an open file.
+
+    Raises SourceError, naming the tensor, for an unknown architecture and for names or shapes that
+    are missing, left over or different from what the architecture wants.
+    """
+    config = file.metadata.get("model", {}).get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise SourceError(f"{file.path}: the metadata holds no model config")
+    if config.get("quantize_activations"):
+        raise SourceError(f"{file.path} asks for quantized activations, which squizd cannot run")
+    model = _build_keeping_random_state(config, file.path)
+    layers_by_path = {layer.path: layer for layer in file.moe_layers}
+    tensors = {name: tensor for name, (tensor, _) in file.residents.items()}
+    layouts: dict[str, list[int]] = {}
+    for path, layer in layers_by_path.items():
+        layouts[path] = sorted({file.expert(layer.layer, e).layout for e in range(layer.expert_count)})
+        tensors |= {f"{path}.{t.name}": t for t in file.layouts[layouts[path][0]].tensors}
+    _quantize(model, tensors, file.path)
+
+    wanted: dict[str, tuple[int, ...]] = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
+    experts = architecture.expert_modules(model)
+    stand_ins: list[tuple[str, mx.array]] = []
+    residents, layers = [], []
+
+    def claim(name: str, targets: tuple[Target, ...], count: int | None) -> None:
+        for target in targets:
+            full = target.name if count is None else f"{name}.{target.name}"
+            shape = target.shape if count is None else (count, *target.shape)
+            stored = file.residents[name][0].shape if count is None else shape
+            if full not in wanted:
+                raise SourceError(f"{file.path}: tensor {full} has no place in {config['model_type']}")
+            if wanted[full] not in (shape, shape[:-1] if shape[-1] == 1 else shape):
+                raise SourceError(
+                    f"{file.path}: tensor {full} is stored as {list(stored)}, "
+                    f"where {config['model_type']} wants {list(wanted[full])}"
+                )
+            stand_ins.append((full, mx.broadcast_to(mx.zeros((), target.dtype), wanted.pop(full))))
+
+    shapes = dict(wanted)
+    for name, (tensor, record) in file.residents.items():
+        targets = _targets(tensor)
+        claim(name, targets, None)
+        targets = tuple(Target(t.name, shapes[t.name], t.dtype, t.part) for t in targets)
+        size = max(t.part.offset + t.part.size for t in targets)
+        residents.append(Resident(tensor, record, targets, Scatter([t.part for t in targets], size)))
+    for path, layer in layers_by_path.items():
+        if path not in experts:
+            raise SourceError(f"{file.path}: {config['model_type']} has no expert module {path}")
+        choices = {i: _layout_targets(file, i) for i in layouts[path]}
+        targets = choices[layouts[path][0]]
+        for i, other in choices.items():
+            if [(t.name, t.shape, t.dtype) for t in other] != [(t.name, t.shape, t.dtype) for t in targets]:
+                raise SourceError(
+                    f"{file.path}: the experts of {path} are not all stored alike (layouts {layouts[path][0]} and {i})",
+                    hint="this version runs one encoding per layer",
+                )
+        claim(path, targets, layer.expert_count)
+        targets = tuple(Target(t.name, shapes[f"{path}.{t.name}"][1:], t.dtype, t.part) for t in targets)
+        scatters = {i: Scatter([t.part for t in other], file.layouts[i].raw_size) for i, other in choices.items()}
+        layers.append(ExpertLayer(layer, experts[path], targets, scatters))
+    if wanted:
+        name = min(wanted)
+        raise SourceError(
+            f"{file.path}: {config['model_type']} needs tensor {name} {list(wanted[name])}, which the file lacks "
+            f"({len(wanted)} such)"
+        )
+    blueprint = Blueprint(model, tuple(residents), tuple(layers))
+    blueprint.set_arrays(stand_ins)
+    return blueprint
+
+
+def _build_keeping_random_state(config: dict[str, Any], where: str) -> nn.Module:
+    """Building a model draws (lazy) random numbers; a caller's seed must not depend on that."""
+    key: Any = mx.random.state[0].tolist()
+    try:
+        return architecture.build(config, where)
+    finally:
+        mx.random.seed(key[0] << 32 | key[1])
+
+
+def _quantize(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Turn every module whose weight is stored quantized into its quantized kind."""
+    left = {name for name, tensor in tensors.items() if tensor.encoding.mode != "raw"}
+
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        name = f"{path}.weight"
+        if name not in left or not hasattr(module, "to_quantized"):
+            return False
+        left.remove(name)
+        encoding = tensors[name].encoding
+        parameters: dict[str, Any] = {"group_size": encoding.group_size, "bits": encoding.bits, "mode": encoding.mode}
+        if f"{path}.global_scale" in tensors:
+            parameters["global_scale"] = True
+        return parameters
+
+    try:
+        nn.quantize(model, class_predicate=predicate)
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{where}: mlx-lm cannot hold these encodings: {error}") from error
+    if left:
+        raise SourceError(f"{where}: tensor {min(left)} is stored quantized, which its module cannot be ({len(left)} such)")
+
+
+def _layout_targets(file: File, layout: int) -> tuple[Target, ...]:
+    found = (target for tensor in file.layouts[layout].tensors for target in _targets(tensor))
+    return tuple(sorted(found, key=lambda target: target.name))
+
+
+def _targets(tensor: Tensor) -> tuple[Target, ...]:
+    """The arrays that a stored tensor becomes, in MLX's shapes (`mx.quantize`)."""
+    encoding, shape = tensor.encoding, tensor.shape
+    floats, wide = compute_type(encoding.dtype), widened(encoding.dtype)
+    if encoding.mode == "raw":
+        return (Target(tensor.name, shape, floats, Part(*tensor.codes, wide)),)
+    path = tensor.name.removesuffix("weight")
+    row = shape[-1]
+    codes = (*shape[:-1], row * encoding.bits // 32)
+    groups = (*shape[:-1], row // encoding.group_size)
+    found = [Target(tensor.name, codes, mx.uint32, Part(*tensor.codes))]
+    if encoding.mode == "affine":
+        found.append(Target(path + "scales", groups, floats, Part(*tensor.scales, wide)))
+        found.append(Target(path + "biases", groups, floats, Part(*tensor.biases, wide)))
+    else:
+        found.append(Target(path + "scales", groups, mx.uint8, Part(*tensor.scales)))
+    return tuple(found)
+
+
+__all__ = ["Blueprint", "Encoding", "ExpertLayer", "Resident", "Target", "draw", "fill"]

@@ -1,0 +1,179 @@
+"""Bring one record's bytes from the file to where they are used: positioned, verified, converted. No MLX.
+
+A record is read with `preadv` straight into its destinations; only parts that must be widened, and
+padding, pass through a small buffer of the reading thread. The XXH64 of the stored bytes is checked
+on every read. What lies in the destinations after an error is undefined: the caller must not use it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..container import records
+from ..container.layout import RAW, Record
+from ..container.reader import File, read_at
+from ..errors import ReadError
+
+SCRATCH_BYTES = 4 << 20  # the most that one thread stages at once for raw records
+_WRONG_DIGEST = "the bytes do not match their digest"
+_MAX_BUFFERS = 512  # per preadv; POSIX lets a system stop at 1024 (IOV_MAX)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a decoded record: where it lies, and the float type to widen to f32 from ("" = copy)."""
+
+    offset: int
+    size: int
+    widen: str = ""
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of the part where it is used."""
+        return self.size * 2 if self.widen else self.size
+
+
+def widen(stored: npt.NDArray[Any], dtype: str, target: Bytes) -> None:
+    """Write the f16 or bf16 numbers in `stored` (bytes) as f32 into `target` (bytes). Exact."""
+    if dtype == "bf16":  # the upper half of a float32
+        np.left_shift(stored.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
+    else:
+        target.view(np.float32)[...] = stored.view(np.float16)
+
+
+class _Scratch(threading.local):
+    """A buffer per thread that grows to what was asked for."""
+
+    def __init__(self) -> None:
+        self.bytes: Bytes = np.empty(0, np.uint8)
+
+    def get(self, size: int) -> Bytes:
+        if self.bytes.size < size:
+            self.bytes = np.empty(size, np.uint8)
+        return self.bytes
+
+
+_scratch = _Scratch()
+
+
+class Scatter:
+    """How records of one layout are spread over destinations. Immutable: threads share it."""
+
+    def __init__(self, parts: Sequence[Part], raw_size: int) -> None:
+        self.parts = tuple(parts)
+        self.raw_size = raw_size
+        segments: list[tuple[int, int, int]] = []  # (part or -1 for padding, start in part, bytes), in file order
+        end = 0
+        for index, part in sorted(enumerate(self.parts), key=lambda numbered: numbered[1].offset):
+            if part.offset > end:
+                segments.append((-1, 0, part.offset - end))
+            block = SCRATCH_BYTES if part.widen else max(part.size, 1)
+            segments += [(index, at, min(block, part.size - at)) for at in range(0, part.size, block)]
+            end = part.offset + part.size
+        if raw_size > end:
+            segments.append((-1, 0, raw_size - end))
+        self._steps: list[list[tuple[int, int, int]]] = [[]]  # one preadv each
+        self.scratch_bytes, staged = 0, 0
+        for index, start, size in segments:
+            cost = size if index < 0 or self.parts[index].widen else 0
+            if (staged and staged + cost > SCRATCH_BYTES) or len(self._steps[-1]) == _MAX_BUFFERS:
+                self._steps.append([])
+                staged = 0
+            self._steps[-1].append((index, start, size))
+            staged += cost
+            self.scratch_bytes = max(self.scratch_bytes, staged)
+
+    def staging_bytes(self, record: Record) -> int:
+        """The most memory that one `read` of `record` needs besides its destinations."""
+        return self.scratch_bytes if record.codec == RAW else record.raw_size + record.stored_size
+
+    def read(self, file: File, record: Record, targets: Sequence[Bytes]) -> None:
+        """Fill `targets`, one writable array of bytes per part, from `record`.
+
+        Raises ReadError with only the reason as its text: the caller knows whose record it is.
+        """
+        try:
+            if record.codec == RAW:
+                self._read_raw(file.fileno(), record, targets)
+            else:
+                self._read_encoded(file.fileno(), record, targets)
+        except OSError as error:
+            raise ReadError(error.strerror or str(error)) from error
+
+    def _read_encoded(self, fd: int, record: Record, targets: Sequence[Bytes]) -> None:
+        stored = read_at(fd, record.offset, record.stored_size)
+        if len(stored) < record.stored_size:
+            raise _cut_short(len(stored), record)
+        if not records.check_digest(stored, record):
+            raise ReadError(_WRONG_DIGEST)
+        decoded, fault = records.decode(stored, record)
+        if fault is not None:
+            raise ReadError(f"{fault.message} [{fault.code}]")
+        raw = np.frombuffer(decoded, np.uint8)
+        for part, target in zip(self.parts, targets, strict=True):
+            _place(part, raw[part.offset : part.offset + part.size], target)
+
+    def _read_raw(self, fd: int, record: Record, targets: Sequence[Bytes]) -> None:
+        digest, at = xxhash.xxh64(), record.offset
+        scratch = _scratch.get(self.scratch_bytes)
+        for step in self._steps:
+            buffers: list[Bytes] = []
+            widened: list[tuple[int, int, Bytes]] = []
+            used = wanted = 0
+            for index, start, size in step:
+                if index < 0 or self.parts[index].widen:
+                    buffer = scratch[used : used + size]
+                    used += size
+                    if index >= 0:
+                        widened.append((index, start, buffer))
+                else:
+                    buffer = targets[index][start : start + size]
+                buffers.append(buffer)
+                wanted += size
+            got = _fill(fd, buffers, at, wanted)
+            if got < wanted:
+                raise _cut_short(at - record.offset + got, record)
+            for buffer in buffers:
+                digest.update(buffer)
+            for index, start, buffer in widened:
+                _place(self.parts[index], buffer, targets[index][2 * start : 2 * (start + buffer.size)])
+            at += wanted
+        if digest.intdigest() != record.digest:
+            raise ReadError(_WRONG_DIGEST)
+
+
+def _cut_short(have: int, record: Record) -> ReadError:
+    return ReadError(f"{have} of {record.stored_size} bytes, the file is cut short")
+
+
+def _place(part: Part, stored: Bytes, target: Bytes) -> None:
+    if part.widen:
+        widen(stored, part.widen, target)
+    else:
+        target[...] = stored
+
+
+def _fill(fd: int, buffers: list[Bytes], offset: int, wanted: int) -> int:
+    """Bytes read from `offset` into `buffers` one after another; fewer than `wanted` only at the end of the file."""
+    got = os.preadv(fd, buffers, offset)
+    while got < wanted:  # a signal, or more than the system reads at once
+        rest, skip = [], got
+        for buffer in buffers:
+            if skip < buffer.size:
+                rest.append(buffer[skip:])
+            skip = max(0, skip - buffer.size)
+        more = os.preadv(fd, rest, offset + got)
+        if more == 0:
+            break
+        got += more
+    return got

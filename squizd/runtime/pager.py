@@ -1,0 +1,175 @@
+"""Which expert lies in which slot, and how it gets there. No MLX: slots are plain writable bytes.
+
+One `Slots` per MoE layer, one `Pager` for all: it owns the reader threads and the statistics. Slots
+are overwritten here without asking who reads them; `switch` calls `acquire` and `start` only when
+nothing in flight does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+
+from ..container.layout import MoeLayer, Record
+from ..container.reader import File
+from ..errors import ExpertReadError, ReadError, RequestError
+from .io import Bytes, Scatter
+from .policy import LRU, Policy
+
+READERS = 4  # threads; on a 2-core VM eight gave no more than four
+INLINE_BYTES = 1 << 18  # below this, handing reads to threads costs more than reading
+
+
+@dataclass
+class Stats:
+    """Counters since the model was loaded or `reset`. An expert counts once per layer call, however many tokens use it."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    bytes_read: int = 0  # stored bytes of expert records
+    waves: int = 0  # extra computations because a call needed more experts than slots
+    read_seconds: float = 0.0  # the model waited for reads
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of needed experts that were resident; 1.0 before the first."""
+        return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
+
+
+class Pager:
+    """Reader threads and statistics of one open file."""
+
+    def __init__(self, file: File, readers: int = READERS) -> None:
+        self.file = file
+        self.stats = Stats()
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(readers, thread_name_prefix="squizd-read")
+
+    def run(self, jobs: Sequence[Callable[[], None]], total_bytes: int) -> list[BaseException | None]:
+        """Run reads, in this thread or the pool; returns each one's error. None is running any more afterwards."""
+        if self._pool is None:
+            raise ReadError(f"{self.file.path}: the model is closed")
+        began = time.perf_counter()
+        if len(jobs) == 1 or total_bytes <= INLINE_BYTES:
+            errors: list[BaseException | None] = [_attempt(job) for job in jobs]
+        else:
+            futures: list[Future[BaseException | None]] = [self._pool.submit(_attempt, job) for job in jobs]
+            try:
+                errors = [future.result() for future in futures]
+            finally:  # Ctrl-C: a slot must not be written once this call is over
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+        self.stats.read_seconds += time.perf_counter() - began
+        return errors
+
+    def snapshot(self) -> Stats:
+        """The counters now."""
+        return replace(self.stats)
+
+    def close(self) -> None:
+        """Stop the threads and close the file; closing twice is fine."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True)
+        self.file.close()
+
+
+class Slots:
+    """The experts of one layer that are in memory.
+
+    `banks` has one array of bytes [slots, bytes of the part in use] for each part of the layer's
+    records; `scatters` says per shard-layout id how a record fills one row of each.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        layer: MoeLayer,
+        banks: Sequence[Bytes],
+        scatters: dict[int, Scatter],
+        policy: Policy | None = None,
+    ) -> None:
+        self.layer, self.pager, self.banks = layer, pager, tuple(banks)
+        self.count = len(banks[0])
+        self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified
+        self.policy: Policy = LRU() if policy is None else policy
+        self._free = list(range(self.count))[::-1]
+        self._scatters = scatters
+        self._records = [pager.file.expert(layer.layer, e) for e in range(layer.expert_count)]
+
+    def check(self, lowest: int, highest: int) -> None:
+        """RequestError unless both are experts of this layer."""
+        for expert in (lowest, highest):
+            if not 0 <= expert < self.layer.expert_count:
+                raise RequestError(
+                    f"{self.layer.path}: the router chose expert {expert}; there are {self.layer.expert_count}"
+                )
+
+    def touch(self, experts: Sequence[int]) -> None:
+        """Count distinct resident experts as hits and as used now."""
+        for expert in experts:
+            self.policy.use(expert)
+        self.pager.stats.hits += len(experts)
+
+    def acquire(self, experts: Sequence[int], keep: Collection[int] = ()) -> None:
+        """Make distinct valid `experts`, at most `count` with `keep`, resident: `slot_of` has them all afterwards.
+
+        Evicts neither them nor `keep`. Raises ExpertReadError for the first that cannot be read; what
+        was read beside it stays, its own slot is empty, and the next call may try again.
+        """
+        slot_of, stats = self.slot_of, self.pager.stats
+        hits = [e for e in experts if e in slot_of]
+        self.touch(hits)
+        missing = [e for e in experts if e not in slot_of]
+        if not missing:
+            return
+        kept = {*hits, *keep}
+        taken: list[tuple[int, int]] = []
+        done: set[int] = set()
+        try:
+            for expert in missing:
+                taken.append((expert, self._take(kept)))
+            errors = self.pager.run(
+                [lambda e=e, s=s: self._read(e, s) for e, s in taken],  # type: ignore[misc]
+                sum(self._records[e].stored_size for e in missing),
+            )
+            for (expert, slot), error in zip(taken, errors, strict=True):
+                if error is None:
+                    slot_of[expert] = slot
+                    self.policy.use(expert)
+                    done.add(expert)
+                    stats.misses += 1
+                    stats.bytes_read += self._records[expert].stored_size
+            for error in errors:
+                if error is not None:
+                    raise error
+        finally:
+            self._free += [slot for expert, slot in taken if expert not in done]
+
+    def _take(self, keep: Collection[int]) -> int:
+        """A slot to overwrite: an empty one, or that of the policy's victim."""
+        if self._free:
+            return self._free.pop()
+        victim = self.policy.evict(keep)
+        self.pager.stats.evictions += 1
+        return self.slot_of.pop(victim)
+
+    def _read(self, expert: int, slot: int) -> None:
+        record: Record = self._records[expert]
+        try:
+            self._scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
+        except ReadError as error:
+            raise ExpertReadError(
+                self.pager.file.path, self.layer.layer, expert, record.offset, str(error)
+            ) from error
+
+
+def _attempt(job: Callable[[], None]) -> BaseException | None:
+    try:
+        job()
+    except Exception as error:
+        return error
+    return None
