@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 
 from .errors import BackendError
 
 
 def require() -> None:
-    """Raise BackendError, with the command that helps, unless MLX and mlx-lm can be imported."""
+    """Raise BackendError, with the command that helps, unless MLX can be imported."""
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
-        installed = importlib.util.find_spec("mlx") is not None
-        what = "MLX is installed without a backend for this machine" if installed else "MLX is not installed"
+        try:
+            what = f"MLX {version('mlx')} is installed without a backend for this machine"
+        except PackageNotFoundError:
+            what = "MLX is not installed"
         raise BackendError(what) from error

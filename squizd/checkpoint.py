@@ -12,6 +12,7 @@ import json
 import os
 import re
 import struct
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ class Checkpoint:
         """The licence that the model card's front matter names, or an empty string."""
         card = self.folder / "README.md"
         text = card.read_text("utf-8", "replace")[:20000] if card.is_file() else ""
-        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        found = re.search(r"^license:\s*['\"]?([^'\"\n]+)", front[1], re.MULTILINE) if front else None
+        front = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
+        line = re.compile(r"^license:[ \t]*(?:\n\s*-[ \t]+)?['\"]?([^'\"\n]+)", re.MULTILINE)
+        found = line.search(front[1]) if front else None
         return found[1].strip() if found else ""
 
     def fingerprint(self) -> bytes:
@@ -61,13 +63,15 @@ class Checkpoint:
             digest.update(f"{shard.name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
         return digest.digest()
 
-    def hashes(self) -> list[dict[str, Any]]:
-        """Name, size and SHA-256 of every shard; reads them all."""
+    def hashes(self, stop: threading.Event | None = None) -> list[dict[str, Any]]:
+        """Name, size and SHA-256 of every shard; reads them all, or gives up soon after `stop` is set."""
         found = []
         for shard in self.shards:
+            digest = hashlib.sha256()
             with shard.open("rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            found.append({"name": shard.name, "size": shard.stat().st_size, "sha256": digest})
+                while (data := f.read(1 << 22)) and not (stop and stop.is_set()):
+                    digest.update(data)
+            found.append({"name": shard.name, "size": shard.stat().st_size, "sha256": digest.hexdigest()})
         return found
 
 
@@ -97,9 +101,16 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """The client's own bars, none where standard error is no terminal."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{"disable": None, **options})  # type: ignore[no-untyped-call]
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD), tqdm_class=Bar))
     except errors.GatedRepoError as error:
         raise SourceError(f"{repo} is gated", hint="accept its terms on the hub and set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
@@ -112,10 +123,15 @@ def _download(repo: str, revision: str | None) -> Path:
         raise SourceError(
             f"{repo}: no such folder, and the hub cannot be reached", hint="check the network, or unset HF_HUB_OFFLINE"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise SourceError(
-            f"{repo}: download failed: {str(error).splitlines()[0]}", hint="run it again; it resumes"
-        ) from error
+    except Exception as error:  # OSError, and what the client's transports (httpx, hf_xet) raise as they please
+        refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
+        hint = "check HF_TOKEN" if refused else "run it again; files that are complete are kept"
+        raise SourceError(f"{repo}: download failed: {_first_line(error)}", hint=hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, or at least what it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _commit(folder: Path) -> str:
@@ -129,7 +145,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise SourceError(f"{path.parent} has no {path.name}", hint="is this a Hugging Face model folder?") from error
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise SourceError(f"{path}: {_first_line(error)}") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path} is not a JSON object")
     return value

@@ -26,6 +26,14 @@ _KNOWN_RECIPES = "int8, int4, int3, int2, mixed (experts 4, rest 8), mixed3, mix
 class _Group(click.Group):
     """Runs a command; turns errors into one line and a hint."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # click would add an empty line, which only a terminal's ^C needs
+            if sys.stderr.isatty():
+                click.echo(err=True)
+            raise click.exceptions.Abort from error
+
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
             kwargs["standalone_mode"] = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -112,14 +113,15 @@ def compress(
         weights, job = _lay_out(checkpoint, chosen)
         plan = _plan(checkpoint, job, chosen, quantizer, zstd)
         with ThreadPoolExecutor(1) as pool, Writer(target, plan) as writer:
-            hashes = pool.submit(checkpoint.hashes)
+            stop = threading.Event()
+            hashes = pool.submit(checkpoint.hashes, stop)
             resumed = writer.done
             report = progress or (lambda done, total: None)
             try:
                 _write(writer, weights, job, quantizer, report)
                 plan.metadata["provenance"]["source"]["files"] = hashes.result()
             finally:
-                hashes.cancel()
+                stop.set()
             writer.finish(plan.metadata)
     finally:
         mx.set_cache_limit(old_limit)
@@ -157,20 +159,22 @@ def _check_target(target: str, force: bool) -> None:
 
 def _lay_out(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, mx.array], _Job]:
     where = str(checkpoint.repo or checkpoint.folder)
-    quantization: dict[str, Any] = next((checkpoint.config[k] for k in _QUANTIZATION_KEYS if checkpoint.config.get(k)), {})
-    if quantization.get("quant_method") in ("awq", "gptq"):
-        raise SourceError(
-            f"{where} is {quantization['quant_method']}-quantized", hint="convert it with mlx_lm.convert first"
-        )
+    found = [checkpoint.config[key] for key in _QUANTIZATION_KEYS if isinstance(checkpoint.config.get(key), dict)]
+    method = found[0].get("quant_method") if found else None
+    if method in ("awq", "gptq"):
+        raise SourceError(f"{where} is {method}-quantized", hint="convert it with mlx_lm.convert first")
     model = build(checkpoint.config, where)
     weights: dict[str, mx.array] = {}
     for shard in checkpoint.shards:
-        loaded: Any = mx.load(str(shard))
+        try:
+            loaded: Any = mx.load(str(shard))
+        except (RuntimeError, ValueError) as error:
+            raise SourceError(f"{shard}: MLX cannot read it: {error}") from error
         weights.update(loaded)
     if hasattr(model, "sanitize"):
         try:
             weights = model.sanitize(weights)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise SourceError(f"{where}: tensors do not fit {checkpoint.config['model_type']}: {error!r}") from error
     job, left = _Job(), set(weights)
     modules = expert_modules(model)
@@ -206,11 +210,7 @@ def _items(
     """How the parameter `name` is stored: one item, or two where it comes with an nvfp4 global scale."""
     w = weights[name]
     if leaf == "weight" and f"{path}.scales" in weights:
-        found = infer_quant_config(path, owner, weights)
-        dtype = _dtype(weights[f"{path}.scales"]) if found["mode"] == "affine" else "bf16"
-        encoding = Encoding(found["mode"], dtype, found["bits"], found["group_size"])
-        if not encoding.is_registered():
-            raise SourceError(f"{where}: {name} is stored as {encoding}, which the format does not know")
+        encoding = _packed_encoding(name, path, shape, owner, weights, where)
         items = [_Item(name, role, encoding, tuple(shape), name, packed=True)]
         if f"{path}.global_scale" in weights:
             scale = weights[f"{path}.global_scale"]
@@ -242,6 +242,25 @@ def _items(
     return [_Item(name, role, encoding, tuple(shape) or (1,), name)]
 
 
+def _packed_encoding(
+    name: str, path: str, shape: tuple[int, ...], owner: Any, weights: dict[str, mx.array], where: str
+) -> Encoding:
+    """The encoding of a tensor that comes quantized; SourceError unless its parts have the sizes that follow."""
+    parts = [weights.get(key) for key in (name, f"{path}.scales", f"{path}.biases")]
+    try:
+        found = infer_quant_config(path, owner, weights)
+        dtype = _dtype(weights[f"{path}.scales"]) if found["mode"] == "affine" else "bf16"
+        encoding = Encoding(found["mode"], dtype, found["bits"], found["group_size"])
+    except (ValueError, KeyError, ZeroDivisionError) as error:
+        raise SourceError(f"{where}: cannot tell how {name} is quantized: {error}") from error
+    if not encoding.is_registered():
+        raise SourceError(f"{where}: {name} is stored as {encoding}, which the format does not know")
+    sizes = tuple(0 if part is None else part.nbytes for part in parts)
+    if sizes != encoding.part_sizes(tuple(shape)):
+        raise SourceError(f"{where}: {name} and its scales do not make {encoding} of shape {list(shape)}")
+    return encoding
+
+
 def _dtype(array: mx.array) -> str:
     return _DTYPES[array.dtype]
 
@@ -261,14 +280,14 @@ def _plan(checkpoint: Checkpoint, job: _Job, recipe: Recipe, quantizer: str, zst
     }
     if licence := checkpoint.licence():
         metadata["licence"] = licence
-    fingerprint = hashlib.sha256(
-        checkpoint.fingerprint() + repr((recipe, quantizer, zstd, __version__)).encode()
-    ).digest()
+    bundle = checkpoint.bundle()
+    agreed = (recipe, quantizer, zstd, __version__, [(name, hashlib.sha256(d).digest()) for name, d in bundle.items()])
+    fingerprint = hashlib.sha256(checkpoint.fingerprint() + repr(agreed).encode()).digest()
     try:
         return Plan(
             metadata,
             [item.entry() for item in job.residents],
-            checkpoint.bundle(),
+            bundle,
             distinct,
             [MoeLayer(i, path, job.counts[path]) for i, path in zip(layer_ids(paths), paths, strict=True)],
             [[distinct.index(layouts[path])] * job.counts[path] for path in paths],
@@ -318,7 +337,10 @@ def _encode(item: _Item, weights: dict[str, mx.array], quantizer: str) -> list[n
     else:
         # Microscaling formats have nothing to fit: their one way is round to nearest.
         method = quantizer if item.encoding.mode == "affine" else "minmax"
-        parts = list(quantize(weights.pop(item.weight), item.encoding, method))
+        try:
+            parts = list(quantize(weights.pop(item.weight), item.encoding, method))
+        except RecipeError as error:
+            raise RecipeError(f"{item.weight}: {error}", hint=error.hint) from error
     present = [part for part in parts if part is not None]
     mx.eval(present)
     return [None if part is None else _as_numpy(part) for part in parts]

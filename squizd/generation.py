@@ -21,7 +21,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import ContextError, RequestError
-from .runtime.load import State, load, state
+from .runtime.load import Residency, load, state
 
 Message = dict[str, str]
 
@@ -104,12 +104,11 @@ def stream_generate(
     ids = encode(tokenizer, prompt)
     loaded = state(model)
     needed = cached_tokens + len(ids) + max_tokens
-    if loaded is not None and needed > loaded.context:
+    if needed > loaded.context:
         raise ContextError(
             f"{cached_tokens + len(ids)} prompt tokens and {max_tokens} to generate exceed the reserved context of {loaded.context}",
             hint=f"reserve more with --context {needed} (context= in Python), or ask for fewer tokens",
         )
-    options: dict[str, Any] = {"prefill_step_size": loaded.prefill_step_size} if loaded is not None else {}
     clock, first = time.perf_counter(), 0.0
     spans = timing if timing is not None else Timing()
     spans.prompt_tokens = len(ids)
@@ -120,7 +119,7 @@ def stream_generate(
         max_tokens=max_tokens,
         sampler=(sampling or Sampling()).sampler(),
         prompt_cache=prompt_cache,
-        **options,
+        prefill_step_size=loaded.prefill_step_size,
     ):
         now = time.perf_counter()
         if not first:
@@ -165,9 +164,7 @@ class Session:
     ) -> None:
         """See `squizd.load` for `memory`, `resident` and `context`, and for what is raised."""
         self.model, self.tokenizer = load(path, memory=memory, resident=resident, context=context)
-        loaded = state(self.model)
-        assert loaded is not None
-        self.state: State = loaded
+        self.state: Residency = state(self.model)
         self.timing = Timing()
 
     @property

@@ -25,9 +25,7 @@ METHODS: Final[dict[str, Callable[[mx.array, Encoding, mx.array | None], Quantiz
 }
 
 
-def quantize(
-    w: mx.array, encoding: Encoding, method: str = "minmax", importance: mx.array | None = None
-) -> Quantized:
+def quantize(w: mx.array, encoding: Encoding, method: str = "minmax", importance: mx.array | None = None) -> Quantized:
     """Turn weights into what a file stores for them.
 
     Args:
@@ -63,8 +61,10 @@ def quantize(
         raise RecipeError("the weights hold NaN or infinity")
     codes, scales, biases = METHODS[method](w, encoding, importance)
     mx.eval(codes, scales, biases)
-    if encoding.mode == "affine" and not all(bool(mx.all(mx.isfinite(x))) for x in (scales, biases) if x is not None):
-        raise RecipeError(f"the weights span more than {encoding.dtype} scales and biases can hold")
+    if scales is not None and biases is not None:
+        span = mx.abs(scales) * ((1 << encoding.bits) - 1)  # in encoding.dtype, as MLX decodes
+        if not bool(mx.all(mx.isfinite(span) & mx.isfinite(biases))):
+            raise RecipeError(f"the weights span more than {encoding.dtype} can hold")
     return codes, scales, biases
 
 

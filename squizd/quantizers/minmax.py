@@ -58,5 +58,5 @@ def minmax(w: mx.array, encoding: Encoding, importance: mx.array | None = None) 
         )
     if encoding.mode != "nvfp4":
         w = mx.where(largest < E8M0_FLOOR, 0.0, groups).reshape(w.shape).astype(w.dtype)
-    codes, scales = mx.quantize(w, group_size=group_size, bits=bits, mode=encoding.mode)
+    codes, scales, *_ = mx.quantize(w, group_size=group_size, bits=bits, mode=encoding.mode)
     return codes, scales, None

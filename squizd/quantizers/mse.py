@@ -119,7 +119,8 @@ def _fit(w: mx.array, encoding: Encoding, weight: mx.array | None) -> tuple[mx.a
     """Steps 1 to 5 for rows [n, in] (weight alike); returns evaluated codes, scales and biases, n rows each."""
     group_size, bits, dtype = encoding.group_size, encoding.bits, DTYPES[encoding.dtype]
     codes, scales, biases = minmax(w, encoding)
-    assert scales is not None and biases is not None
+    assert scales is not None
+    assert biases is not None
     decoded = mx.dequantize(
         codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size=group_size, bits=bits
     )

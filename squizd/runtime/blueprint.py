@@ -7,7 +7,7 @@ parameter is a lazy constant of the type and shape that the loaded one will have
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import architecture
-from ..container.layout import Encoding, MoeLayer, Record, Tensor
+from ..container.layout import MoeLayer, Record, Tensor
 from ..container.reader import File
 from ..errors import SourceError
 from .device import compute_type, widened
@@ -79,10 +79,6 @@ class Blueprint:
         else:
             setattr(parent, leaf, module)
 
-    def set_arrays(self, arrays: Iterable[tuple[str, mx.array]]) -> None:
-        """Give the named parameters of the model these arrays."""
-        fill(self.model, arrays)
-
 
 def fill(module: nn.Module, arrays: Iterable[tuple[str, mx.array]]) -> None:
     """Give the named parameters of `module` these arrays."""
@@ -102,77 +98,71 @@ def draw(file: File) -> Blueprint:
     if config.get("quantize_activations"):
         raise SourceError(f"{file.path} asks for quantized activations, which squizd cannot run")
     model = _build_keeping_random_state(config, file.path)
-    layers_by_path = {layer.path: layer for layer in file.moe_layers}
+    kind = config["model_type"]
+    layouts = {x.path: sorted({file.expert(x.layer, e).layout for e in range(x.expert_count)}) for x in file.moe_layers}
     tensors = {name: tensor for name, (tensor, _) in file.residents.items()}
-    layouts: dict[str, list[int]] = {}
-    for path, layer in layers_by_path.items():
-        layouts[path] = sorted({file.expert(layer.layer, e).layout for e in range(layer.expert_count)})
-        tensors |= {f"{path}.{t.name}": t for t in file.layouts[layouts[path][0]].tensors}
-    _quantize(model, tensors, file.path)
+    for path, found in layouts.items():
+        tensors |= {f"{path}.{t.name}": t for t in file.layouts[found[0]].tensors}
+    modules = architecture.expert_modules(model)
+    counts = {x.path: x.expert_count for x in file.moe_layers}
+    _quantize(model, tensors, counts, file.path)
 
     wanted: dict[str, tuple[int, ...]] = {name: tuple(array.shape) for name, array in tree_flatten(model.parameters())}
-    experts = architecture.expert_modules(model)
     stand_ins: list[tuple[str, mx.array]] = []
+
+    def claim(name: str, shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[int, ...]:
+        """The shape that the model has for this array. The format stores a scalar as [1]."""
+        if name not in wanted:
+            raise SourceError(f"{file.path}: tensor {name} has no place in {kind}")
+        own = wanted.pop(name)
+        if shape not in (own, (*own, 1)):
+            raise SourceError(f"{file.path}: tensor {name} is stored as {list(shape)}, {kind} wants {list(own)}")
+        stand_ins.append((name, mx.broadcast_to(mx.zeros((), dtype), own)))
+        return own
+
     residents, layers = [], []
-
-    def claim(name: str, targets: tuple[Target, ...], count: int | None) -> None:
-        for target in targets:
-            full = target.name if count is None else f"{name}.{target.name}"
-            shape = target.shape if count is None else (count, *target.shape)
-            stored = file.residents[name][0].shape if count is None else shape
-            if full not in wanted:
-                raise SourceError(f"{file.path}: tensor {full} has no place in {config['model_type']}")
-            if wanted[full] not in (shape, shape[:-1] if shape[-1] == 1 else shape):
+    for tensor, record in file.residents.values():
+        targets = tuple(replace(t, shape=claim(t.name, t.shape, t.dtype)) for t in _targets(tensor))
+        residents.append(Resident(tensor, record, targets, Scatter([t.part for t in targets], record.raw_size)))
+    for layer in file.moe_layers:
+        if layer.path not in modules:
+            raise SourceError(f"{file.path}: {kind} has no expert module {layer.path}")
+        by_layout = {i: _layout_targets(file, i) for i in layouts[layer.path]}
+        first = next(iter(by_layout.values()))
+        for i, other in by_layout.items():
+            if [(t.name, t.shape, t.dtype) for t in other] != [(t.name, t.shape, t.dtype) for t in first]:
                 raise SourceError(
-                    f"{file.path}: tensor {full} is stored as {list(stored)}, "
-                    f"where {config['model_type']} wants {list(wanted[full])}"
-                )
-            stand_ins.append((full, mx.broadcast_to(mx.zeros((), target.dtype), wanted.pop(full))))
-
-    shapes = dict(wanted)
-    for name, (tensor, record) in file.residents.items():
-        targets = _targets(tensor)
-        claim(name, targets, None)
-        targets = tuple(Target(t.name, shapes[t.name], t.dtype, t.part) for t in targets)
-        size = max(t.part.offset + t.part.size for t in targets)
-        residents.append(Resident(tensor, record, targets, Scatter([t.part for t in targets], size)))
-    for path, layer in layers_by_path.items():
-        if path not in experts:
-            raise SourceError(f"{file.path}: {config['model_type']} has no expert module {path}")
-        choices = {i: _layout_targets(file, i) for i in layouts[path]}
-        targets = choices[layouts[path][0]]
-        for i, other in choices.items():
-            if [(t.name, t.shape, t.dtype) for t in other] != [(t.name, t.shape, t.dtype) for t in targets]:
-                raise SourceError(
-                    f"{file.path}: the experts of {path} are not all stored alike (layouts {layouts[path][0]} and {i})",
+                    f"{file.path}: the experts of {layer.path} are not all stored alike (see shard layout {i})",
                     hint="this version runs one encoding per layer",
                 )
-        claim(path, targets, layer.expert_count)
-        targets = tuple(Target(t.name, shapes[f"{path}.{t.name}"][1:], t.dtype, t.part) for t in targets)
-        scatters = {i: Scatter([t.part for t in other], file.layouts[i].raw_size) for i, other in choices.items()}
-        layers.append(ExpertLayer(layer, experts[path], targets, scatters))
+        targets = tuple(
+            replace(t, shape=claim(f"{layer.path}.{t.name}", (layer.expert_count, *t.shape), t.dtype)[1:])
+            for t in first
+        )
+        scatters = {i: Scatter([t.part for t in other], file.layouts[i].raw_size) for i, other in by_layout.items()}
+        layers.append(ExpertLayer(layer, modules[layer.path], targets, scatters))
     if wanted:
         name = min(wanted)
         raise SourceError(
-            f"{file.path}: {config['model_type']} needs tensor {name} {list(wanted[name])}, which the file lacks "
-            f"({len(wanted)} such)"
+            f"{file.path}: no tensor {name} {list(wanted[name])}, which {kind} wants ({len(wanted)} such)"
         )
     blueprint = Blueprint(model, tuple(residents), tuple(layers))
-    blueprint.set_arrays(stand_ins)
+    fill(model, stand_ins)
     return blueprint
 
 
 def _build_keeping_random_state(config: dict[str, Any], where: str) -> nn.Module:
     """Building a model draws (lazy) random numbers; a caller's seed must not depend on that."""
-    key: Any = mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    key = state[0].tolist()  # the seed's upper and lower half
     try:
         return architecture.build(config, where)
     finally:
         mx.random.seed(key[0] << 32 | key[1])
 
 
-def _quantize(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Turn every module whose weight is stored quantized into its quantized kind."""
+def _quantize(model: nn.Module, tensors: dict[str, Tensor], counts: dict[str, int], where: str) -> None:
+    """Turn every module whose weight is stored quantized into its quantized kind; `counts`: experts by module path."""
     left = {name for name, tensor in tensors.items() if tensor.encoding.mode != "raw"}
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -180,7 +170,10 @@ def _quantize(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
         if name not in left or not hasattr(module, "to_quantized"):
             return False
         left.remove(name)
-        encoding = tensors[name].encoding
+        encoding, shape, own = tensors[name].encoding, tensors[name].shape, tuple(module["weight"].shape)
+        count = counts.get(path.rpartition(".")[0])
+        if (shape if count is None else (count, *shape)) != own:
+            raise SourceError(f"{where}: tensor {name} is stored as {list(shape)}, its module wants {list(own)}")
         parameters: dict[str, Any] = {"group_size": encoding.group_size, "bits": encoding.bits, "mode": encoding.mode}
         if f"{path}.global_scale" in tensors:
             parameters["global_scale"] = True
@@ -191,7 +184,7 @@ def _quantize(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     except (ValueError, TypeError) as error:
         raise SourceError(f"{where}: mlx-lm cannot hold these encodings: {error}") from error
     if left:
-        raise SourceError(f"{where}: tensor {min(left)} is stored quantized, which its module cannot be ({len(left)} such)")
+        raise SourceError(f"{where}: tensor {min(left)} is stored quantized, its module cannot be ({len(left)} such)")
 
 
 def _layout_targets(file: File, layout: int) -> tuple[Target, ...]:
@@ -216,6 +209,3 @@ def _targets(tensor: Tensor) -> tuple[Target, ...]:
     else:
         found.append(Target(path + "scales", groups, mx.uint8, Part(*tensor.scales)))
     return tuple(found)
-
-
-__all__ = ["Blueprint", "Encoding", "ExpertLayer", "Resident", "Target", "draw", "fill"]

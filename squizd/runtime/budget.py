@@ -63,13 +63,13 @@ class LayerDemand:
 class Workspace:
     """An upper bound of the memory that a forward pass takes besides weights and cache.
 
-    Per layer MLX holds some copies of the residual stream, of the experts' rows, and, where attention
-    is not fused (CPU), the scores heads × chunk × context. The factors were measured as MLX's peak on
-    CPU over chunks and contexts, and rounded up.
+    MLX holds copies of the residual stream and of the experts' rows, and, where attention is not fused
+    (CPU), its scores: heads × chunk × context. The factors bound MLX's measured peak on CPU over chunks
+    of 16 to 512 and contexts of 512 to 2048 tokens; one part in five is room for buffers kept for reuse.
     """
 
     hidden: int
-    inner: int  # widest feed-forward row of a token: dense, or top-k experts together
+    inner: int  # numbers in the widest feed-forward row of a token; a token's experts count together
     top_k: int
     heads: int
     vocabulary: int
@@ -78,11 +78,11 @@ class Workspace:
 
     def bytes(self, chunk: int, context: int) -> int:
         """For `chunk` tokens at the end of `context`."""
-        row = (8 + 4 * self.top_k) * self.hidden + 4 * self.inner
-        scores = 3 * self.heads * context
-        sampling = 8 * self.vocabulary * 4  # one row of logits, its softmax, order and sums
-        kept = self.layers * (1 << 18)  # switch.KEPT_BYTES
-        return chunk * (row + scores) * self.item_bytes + sampling + kept
+        row = (12 + 4 * self.top_k) * self.hidden + 6 * self.inner
+        scores = 3 * self.heads * context // 2
+        sampling = 8 * self.vocabulary * 4  # one token's logits, probabilities and their order
+        kept = self.layers << 18  # switch.KEPT_BYTES
+        return (chunk * (row + scores) * self.item_bytes + sampling + kept) * 5 // 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Demand:
 class Budget:
     """Where the memory goes, in bytes, and what follows: slots per expert layer, tokens per prefill chunk."""
 
-    limit: int | None  # None: everything is resident and no limit was asked for
+    limit: int  # what the total may be: the memory asked for, else the machine's
     residents: int
     experts: int
     cache: int
@@ -118,50 +118,47 @@ class Budget:
 
     def __str__(self) -> str:
         return (
-            f"{format_size(self.residents)} always-resident weights, {format_size(self.experts)} experts, "
+            f"{format_size(self.residents)} weights always in use, {format_size(self.experts)} experts, "
             f"{format_size(self.cache)} cache for {self.context:,} tokens, "
             f"{format_size(self.staging + self.workspace)} to work in"
         )
 
 
-def make_budget(
-    demand: Demand, context: int, *, memory: int | None, share: float | None, available: int
-) -> Budget:
-    """Spend `memory` bytes, or hold `share` of the experts, or both; with neither, all experts if the machine has room.
+def make_budget(demand: Demand, context: int, *, memory: int | None, share: float | None, available: int) -> Budget:
+    """Spend `memory` bytes, or hold `share` of the experts, or both; with neither, spend 70 % of `available`.
 
-    Prefers large prefill chunks until their workspace exceeds an eighth of the budget, then gives what
+    Prefers a large prefill chunk while its workspace stays below an eighth of the limit, then gives what
     is left to slots, the same share in every layer. Raises BudgetError with the minimum that would do.
     """
-    limit = memory if memory is not None else int(available * MACHINE_SHARE)
+    limit = memory if memory is not None else int(available * (MACHINE_SHARE if share is None else 1))
     chunks = [chunk for chunk in CHUNKS if chunk < 2 * context] or [CHUNKS[-1]]
-    preferred = [c for c in chunks if demand.workspace(c, context) <= limit * WORKSPACE_SHARE] or chunks[-1:]
-    candidates = chunks[chunks.index(preferred[0]) :]
-    if share is not None:
-        shares = [share]
-    else:
-        most = max((layer.experts for layer in demand.layers), default=1)
-        shares = [i / most for i in range(most, -1, -1)]
+    while len(chunks) > 1 and demand.workspace(chunks[0], context) > limit * WORKSPACE_SHARE:
+        chunks.pop(0)
+    most = max((layer.experts for layer in demand.layers), default=1)
+    shares = [i / most for i in range(most, -1, -1)] if share is None else [share]
 
     def spend(chunk: int, share: float) -> Budget:
         slots = tuple(layer.slots(share) for layer in demand.layers)
-        experts = sum(n * layer.slot_bytes for n, layer in zip(slots, demand.layers, strict=True))
         return Budget(
-            memory, demand.residents, experts, demand.cache(context, chunk), demand.staging,
-            demand.workspace(chunk, context), slots, chunk, context,
-        )  # fmt: skip
+            limit=limit,
+            residents=demand.residents,
+            experts=sum(n * layer.slot_bytes for n, layer in zip(slots, demand.layers, strict=True)),
+            cache=demand.cache(context, chunk),
+            staging=demand.staging,
+            workspace=demand.workspace(chunk, context),
+            slots=slots,
+            prefill_step_size=chunk,
+            context=context,
+        )
 
-    for chunk in candidates:
-        for wanted in shares:
-            budget = spend(chunk, wanted)
-            if budget.total <= limit or (memory is None and share is not None):
-                everything = all(n == layer.experts for n, layer in zip(budget.slots, demand.layers, strict=True))
-                if memory is None and not everything and share is None:
-                    return Budget(**{**vars(budget), "limit": limit})
+    for chunk in chunks:
+        for part in shares:
+            budget = spend(chunk, part)
+            if budget.total <= limit:
                 return budget
-    least = spend(chunks[-1], shares[-1])
-    given = format_size(limit) if memory is not None else f"{format_size(limit)} ({MACHINE_SHARE:.0%} of what is free)"
+    given = format_size(limit) + ("" if memory is not None else " of free memory")
     raise BudgetError(
-        f"{given} cannot hold {demand.name}: at least {format_size(least.total)} are needed ({least})",
-        minimum=least.total,
-        hint="give more memory, or a shorter context",
+        f"{given} cannot hold {demand.name}: at least {format_size(budget.total)} are needed ({budget})",
+        minimum=budget.total,
+        hint="give more memory or a shorter context" if share is None else "hold fewer experts, or give more memory",
     )

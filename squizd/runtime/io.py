@@ -93,9 +93,9 @@ class Scatter:
             staged += cost
             self.scratch_bytes = max(self.scratch_bytes, staged)
 
-    def staging_bytes(self, record: Record) -> int:
-        """The most memory that one `read` of `record` needs besides its destinations."""
-        return self.scratch_bytes if record.codec == RAW else record.raw_size + record.stored_size
+    def staging_bytes(self, codec: int, raw_size: int) -> int:
+        """The most memory that one `read` of such a record needs besides its destinations."""
+        return self.scratch_bytes if codec == RAW else 2 * raw_size
 
     def read(self, file: File, record: Record, targets: Sequence[Bytes]) -> None:
         """Fill `targets`, one writable array of bytes per part, from `record`.

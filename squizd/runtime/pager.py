@@ -24,7 +24,7 @@ INLINE_BYTES = 1 << 18  # below this, handing reads to threads costs more than r
 
 @dataclass
 class Stats:
-    """Counters since the model was loaded or `reset`. An expert counts once per layer call, however many tokens use it."""
+    """Counters. An expert counts once per layer call, however many tokens use it."""
 
     hits: int = 0
     misses: int = 0
@@ -70,10 +70,10 @@ class Pager:
         return replace(self.stats)
 
     def close(self) -> None:
-        """Stop the threads and close the file; closing twice is fine."""
+        """Stop the threads and close the file; closing twice is fine. No read outlives `run`, so none is waited for."""
         pool, self._pool = self._pool, None
         if pool is not None:
-            pool.shutdown(wait=True)
+            pool.shutdown(wait=False)
         self.file.close()
 
 
@@ -162,9 +162,7 @@ class Slots:
         try:
             self._scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
         except ReadError as error:
-            raise ExpertReadError(
-                self.pager.file.path, self.layer.layer, expert, record.offset, str(error)
-            ) from error
+            raise ExpertReadError(self.pager.file.path, self.layer.layer, expert, record.offset, str(error)) from error
 
 
 def _attempt(job: Callable[[], None]) -> BaseException | None:

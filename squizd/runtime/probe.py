@@ -13,13 +13,15 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import SourceError
 from .blueprint import Blueprint
+from .budget import Workspace
+from .device import compute_type
 
 _STEP = 256  # tokens; mlx-lm's caches grow by as many
 
 
 @dataclass(frozen=True)
 class CacheGrowth:
-    """Memory of one cache entry (a layer's keys and values, or a fixed state), from its size after 256 and 512 tokens."""
+    """Memory of one cache entry (a layer's keys and values, or a fixed state), known after 256 and 512 tokens."""
 
     first: int
     second: int
@@ -34,18 +36,24 @@ class CacheGrowth:
 
 @dataclass(frozen=True)
 class Needs:
-    """`top_k` experts per token for each expert layer, its input and output width, and the prompt cache's growth."""
+    """Experts per token for each expert layer, the growth of the prompt cache, and room to compute in.
+
+    `max_context` is the longest text that the model was made for, 0 if it does not say.
+    """
 
     top_k: tuple[int, ...]
     caches: tuple[CacheGrowth, ...]
+    space: Workspace
+    max_context: int
+
+    def workspace_bytes(self, chunk: int, context: int) -> int:
+        """An upper bound of what a pass over `chunk` tokens at the end of `context` allocates for a while."""
+        largest = max((cache.bytes(context, chunk) for cache in self.caches), default=0)
+        return self.space.bytes(chunk, context) + 2 * largest  # a cache grows by copying
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
         """An upper bound of the prompt cache after `tokens`, prefilled `chunk` at a time."""
         return sum(cache.bytes(tokens, chunk) for cache in self.caches)
-
-    def largest_cache_entry(self, tokens: int, chunk: int) -> int:
-        """The same for the largest entry."""
-        return max((cache.bytes(tokens, chunk) for cache in self.caches), default=0)
 
 
 class _Recorder(nn.Module):
@@ -60,7 +68,7 @@ class _Recorder(nn.Module):
         return out
 
 
-def probe(blueprint: Blueprint, where: str) -> Needs:
+def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
     """Run the empty model lazily on 256 tokens, then on 256 more.
 
     Raises SourceError, naming `where`, when mlx-lm cannot run the architecture or a cache has no size.
@@ -88,7 +96,32 @@ def probe(blueprint: Blueprint, where: str) -> Needs:
     ]
     # A module that a plain forward pass leaves out (multi-token prediction) routes like the others.
     usual = max((recorder.top_k for recorder in recorders), default=1) or 1
-    return Needs(tuple(recorder.top_k or usual for recorder in recorders), tuple(caches))
+    top_k = tuple(recorder.top_k or usual for recorder in recorders)
+    longest = _find(config, "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx")
+    return Needs(top_k, tuple(caches), _workspace(blueprint, top_k, config), longest)
+
+
+def _workspace(blueprint: Blueprint, top_k: tuple[int, ...], config: dict[str, Any]) -> Workspace:
+    """Widths come from the tensors; of attention heads only the config knows (else one per 64 of the hidden size)."""
+    tensors = [resident.tensor for resident in blueprint.residents]
+    vocabulary, hidden = max((t.shape for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=(1, 1))
+    hidden = _find(config, "hidden_size", "n_embd", "d_model", "model_dim", "dim") or hidden
+    widths = [t.shape[-2] for t in tensors if t.role not in ("embedding", "head") and len(t.shape) > 1]
+    for layer, k in zip(blueprint.layers, top_k, strict=True):
+        widths.append(k * max(target.shape[0] for target in layer.targets if target.shape))
+    heads = _find(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or max(1, hidden // 64)
+    inner, item_bytes = max(widths, default=hidden), compute_type("bf16").size
+    return Workspace(hidden, inner, max(top_k, default=0), heads, vocabulary, item_bytes, len(top_k))
+
+
+def _find(config: dict[str, Any], *names: str) -> int:
+    """The first positive integer under one of `names`, in the config or in its `text_config`; 0 if there is none."""
+    for scope in (config, config.get("text_config")):
+        for name in names:
+            value = scope.get(name) if isinstance(scope, dict) else None
+            if isinstance(value, int) and value > 0:
+                return value
+    return 0
 
 
 def _entries(cache: Sequence[Any]) -> Iterator[Any]:

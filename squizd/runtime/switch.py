@@ -109,7 +109,9 @@ class PagedSwitch(nn.Module):
         table[experts] = [slots.slot_of[expert] for expert in experts]
         return table[chosen]
 
-    def _waves(self, slots: Slots, x: mx.array, chosen: Ints, experts: Sequence[int], shape: tuple[int, ...]) -> mx.array:
+    def _waves(
+        self, slots: Slots, x: mx.array, chosen: Ints, experts: Sequence[int], shape: tuple[int, ...]
+    ) -> mx.array:
         """More experts than slots: first those that are resident, then the others in groups of half the slots.
 
         A group is read while the one before is computed. Every expert is read at most once.

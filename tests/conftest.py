@@ -1,0 +1,133 @@
+"""What several test files share: the fixture checkpoint, files compressed from it, and the command line.
+
+Failures are judged the way a user sees them: `Outcome.failure` wants exactly one "squizd:" line on
+standard error, at most one "hint:" line after it, and an exit code that is not 0.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "squizd.cli"]
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def failure(self, code: int = 1) -> str:
+        """The whole of standard error, once it is one line and perhaps a hint."""
+        lines = self.err.splitlines()
+        assert self.code == code, self
+        assert lines, self
+        assert lines[0].startswith("squizd: "), self
+        assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: ")), self
+        return self.err
+
+    def success(self) -> Outcome:
+        """Itself, once the exit code is 0 and nobody saw a traceback."""
+        assert self.code == 0, self
+        assert "Traceback" not in self.err, self
+        return self
+
+
+def environment(**changes: str | None) -> dict[str, str]:
+    """This process's environment with `changes`, squizd importable, and no hub but the one a test names."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE", "SQUIZD_"))}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env["HF_HUB_OFFLINE"] = "1"
+    env |= {key: value for key, value in changes.items() if value is not None}
+    return {key: value for key, value in env.items() if key not in changes or changes[key] is not None}
+
+
+def start(*args: str | Path, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    """The command in a process of its own, for a test that interferes with it."""
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([*COMMAND, *map(str, args)], text=True, env=env or environment(), **options)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60) -> Outcome:
+    """Wait for a started command."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        raise
+    return Outcome(process.returncode, out or "", err or "")
+
+
+@dataclass
+class CommandLine:
+    """`squizd` as a call in this process, and as a process of its own."""
+
+    def __call__(self, *args: str | Path, stdin: str | bytes | None = None) -> Outcome:
+        from squizd.cli import main
+
+        result = CliRunner().invoke(main, [str(a) for a in args], input=stdin, prog_name="squizd")
+        return Outcome(result.exit_code, result.stdout, result.stderr)
+
+    def process(self, *args: str | Path, env: Mapping[str, str] | None = None, **options: Any) -> Outcome:
+        text = options.pop("input", None)
+        started = start(*args, env=env, **options, **({"stdin": subprocess.PIPE} if text is not None else {}))
+        if text is not None and started.stdin is not None:
+            started.stdin.write(text)
+        return finish(started)
+
+    environment = staticmethod(environment)
+    start = staticmethod(start)
+    finish = staticmethod(finish)
+
+
+@pytest.fixture(scope="session")
+def cli() -> CommandLine:
+    """The command line; `cli(...)` calls it here, `cli.process(...)` and `cli.start(...)` elsewhere."""
+    return CommandLine()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The fixture checkpoint's folder: never write there."""
+    return ROOT / "fixtures" / "tiny-moe"
+
+
+@pytest.fixture
+def checkpoint(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the fixture checkpoint that a test may damage."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_file("int4", quantizer="minmax")`: the fixture compressed so, once per session. Never write there."""
+    folder, made = tmp_path_factory.mktemp("compressed"), dict[str, Path]()
+
+    def make(recipe: str = "int4", quantizer: str = "minmax", overrides: Sequence[str] = (), zstd: bool = False) -> Path:
+        import squizd
+
+        key = repr((recipe, quantizer, tuple(overrides), zstd))
+        if key not in made:
+            path = folder / f"{len(made)}.squizd"
+            squizd.compress(tiny, path, recipe=recipe, quantizer=quantizer, overrides=overrides, zstd=zstd)
+            made[key] = path
+        return made[key]
+
+    return make
