@@ -1,0 +1,122 @@
+"""Compressing: time against `mlx_lm convert`, peak memory, and twenty kills.
+
+    python benchmarks/compress.py --model CHECKPOINT
+
+Whole processes, in turns. Peak memory is the process's maximum resident set size. Each killed run is
+started again until it ends; the bytes must be those of an undisturbed run. One JSON line; exits 1 if
+they are not, or if a reader accepts what a killed run left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import squizd
+from squizd.checkpoint import open_checkpoint
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """(seconds, peak resident bytes) of a whole process."""
+    began = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, command
+    scale = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - began, usage.ru_maxrss * scale
+
+
+def largest_layer(model: str) -> int:
+    """Bytes of the largest decoder layer in the checkpoint."""
+    layers: dict[str, int] = {}
+    for name, size in open_checkpoint(model).sizes.items():
+        key = ".".join(name.split(".")[:3]) if ".layers." in name else name
+        layers[key] = layers.get(key, 0) + size
+    return max(layers.values())
+
+
+def sha256(path: str) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def kill_at_random(command: list[str], output: str, wanted: str, kills: int, usual: float) -> dict[str, int]:
+    """Kill and resume `kills` times; counts what went wrong, which should be nothing."""
+    found = {"kills": 0, "accepted": 0, "half_written": 0, "different": 0, "resumed": 0}
+    source = random.Random(7)
+    while found["kills"] < kills:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        try:
+            child.wait(timeout=source.uniform(0.3, 1.0) * usual)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            found["kills"] += 1
+            found["half_written"] += os.path.exists(output)
+            if os.path.exists(output + ".partial"):
+                try:
+                    found["accepted"] += squizd.validate(output + ".partial").ok
+                except squizd.SquizdError:
+                    pass
+            if source.random() < 0.5:
+                continue  # kill the resumed run as well
+            child = subprocess.Popen([sys.executable, "-m", *command, "--json"], stdout=subprocess.PIPE)
+        out = child.communicate()[0]
+        found["resumed"] += json.loads(out)["resumed"] > 0
+        found["different"] += sha256(output) != wanted
+        os.remove(output)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=20)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        output, folder = f"{name}/model.squizd", Path(name) / "mlx"
+        ours = ["squizd.cli", "compress", args.model, "-o", output, "--force"]
+        theirs = ["mlx_lm", "convert", "--hf-path", args.model, "--mlx-path", str(folder), "-q"]
+        times: dict[str, list[float]] = {"minmax": [], "mse": [], "mlx_lm": []}
+        peak = 0
+        for _ in range(args.repeats):
+            for quantizer in ("minmax", "mse"):
+                seconds, memory = timed([*ours, "--quantizer", quantizer])
+                times[quantizer].append(seconds)
+                peak = max(peak, memory)
+            shutil.rmtree(folder, ignore_errors=True)
+            times["mlx_lm"].append(timed(theirs)[0])
+        median = {side: statistics.median(values) for side, values in times.items()}
+        wanted = sha256(output)  # of the default recipe and quantizer
+        os.remove(output)
+        kills = kill_at_random(ours, output, wanted, args.kills, median["mse"])
+    limit = 3 * largest_layer(args.model) + 400_000_000
+    result = {
+        "seconds": median,
+        "minmax / mlx_lm": median["minmax"] / median["mlx_lm"],
+        "peak_bytes": peak,
+        "peak_limit": limit,
+        "kills": kills,
+    }
+    print(json.dumps(result))
+    sys.exit(bool(kills["accepted"] or kills["half_written"] or kills["different"]) or peak > limit)
+
+
+if __name__ == "__main__":
+    main()
