@@ -17,3 +17,10 @@ def require() -> None:
         except PackageNotFoundError:
             what = "MLX is not installed"
         raise BackendError(what) from error
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU by default."""
+    import mlx.core as mx
+
+    return bool(mx.default_device().type == mx.DeviceType.cpu)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from . import __version__
-from .errors import ReadError, SquizdError
+from .errors import ContextError, ReadError, RequestError, SquizdError
 
 if TYPE_CHECKING:
     from .generation import Sampling, Session
@@ -118,6 +118,8 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, **opti
     if as_json:
         click.echo(json.dumps(asdict(s)))
         return
+    if s.recipe != recipe:
+        click.echo(f"{source} is quantized for MLX already: stored as it comes, recipe {recipe} not applied", err=True)
     if s.unquantized:
         click.echo(
             f"not quantized, their rows fit no group: {len(s.unquantized)} tensors ({s.unquantized[0]}, ...)", err=True
@@ -156,7 +158,7 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, **opti
 @click.option(
     "--min-p", default=0.0, type=click.FloatRange(0, 1), help="Drop tokens below this share of the likeliest."
 )
-@click.option("--seed", type=int, help="Makes drawn answers repeatable.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes drawn answers repeatable.")
 @click.option("--chat/--no-chat", default=None, help="Use the model's chat template.  [default: if it has one]")
 @click.option("--system", default="", help="System message of the chat.")
 @click.option("--quiet", is_flag=True, help="No statistics line.")
@@ -170,7 +172,13 @@ def run(file: str, prompt: str | None, memory: str | None, resident: str | None,
 
     sampling = Sampling(o["temp"], o["top_p"], o["top_k"], o["min_p"], o["seed"])
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is not UTF-8 text at byte {error.start}") from error
+    for text in (prompt or "", o["system"]):
+        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python could not read
+            raise RequestError("the prompt is not UTF-8 text")
     _run(file, prompt, memory, resident, context, sampling, o)
 
 
@@ -231,6 +239,9 @@ def _converse(session: Session, chat: bool, sampling: Sampling, o: dict[str, Any
             click.echo()
         except KeyboardInterrupt:
             click.echo(" (stopped)")
+            continue
+        except ContextError as error:
+            click.echo(f"squizd: {error}\nhint: {error.hint}", err=True)
             continue
         _statistics(session, o)
 

@@ -55,6 +55,7 @@ class Summary:
     seconds: float
     resumed: int
     unquantized: tuple[str, ...]
+    recipe: str  # "keep" in place of the one asked for where the source is quantized for MLX already
 
 
 @dataclass
@@ -79,6 +80,7 @@ class _Job:
     residents: list[_Item] = field(default_factory=list)
     experts: dict[str, list[_Item]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    quantizable: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
 
 
@@ -99,7 +101,8 @@ def compress(
     `recipe` names the encodings (`squizd.recipe.RECIPES`), `overrides` are "PATTERN=SPEC" for tensor
     paths, `quantizer` is "minmax" or "mse". `progress(done, total)` counts bytes of the file. The same
     source and arguments give the same bytes; an interrupted run leaves `output`.partial, and the same
-    call goes on from there. Raises SourceError, RecipeError, OutputError.
+    call goes on from there. A source that is quantized for MLX passes untouched, whatever the recipe.
+    Raises SourceError, RecipeError, OutputError.
     """
     started = time.perf_counter()
     target = os.fspath(output)
@@ -108,6 +111,8 @@ def compress(
         raise RecipeError(f"no quantizer {quantizer!r}", hint="quantizers: " + ", ".join(METHODS))
     _check_target(target, force)
     checkpoint = open_checkpoint(source, revision)
+    if isinstance(checkpoint.config.get("quantization"), dict):  # mlx-lm's mark: what it left alone stays alone
+        chosen = make_recipe("keep", overrides)
     old_limit = mx.set_cache_limit(1 << 26)
     try:
         weights, job = _lay_out(checkpoint, chosen)
@@ -139,6 +144,7 @@ def compress(
         seconds,
         resumed,
         tuple(job.unquantized),
+        chosen.name,
     )
 
 
@@ -200,6 +206,7 @@ def _lay_out(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, mx.array
         raise SourceError(
             f"{where}: tensor {min(left)} has no place in {checkpoint.config['model_type']} ({len(left)} such)"
         )
+    recipe.check_overrides(job.quantizable)
     return weights, job
 
 
@@ -234,6 +241,7 @@ def _items(
     if leaf == "weight" and hasattr(owner, "to_quantized") and encoding.dtype in FLOATS:
         predicate = getattr(model, "quant_predicate", None)
         vetoed = predicate is not None and predicate(path, owner) is False  # mlx-lm knows tensors that must stay
+        job.quantizable.append(name)
         spec = recipe.override(name) or (KEEP if vetoed else recipe.spec(role))
         quantized = choose(spec, encoding.dtype, tuple(shape))
         if quantized is None:

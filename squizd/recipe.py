@@ -41,7 +41,7 @@ def parse_spec(text: str) -> Spec:
         return KEEP
     if text in MICROSCALING:
         return Spec(text, *MICROSCALING[text])
-    found = re.fullmatch(r"(\d)(?:g(\d+))?", text)
+    found = re.fullmatch(r"([0-9])(?:g([0-9]+))?", text)
     if found:
         spec = affine(int(found[1]), int(found[2] or 64))
         if spec.bits in AFFINE_BITS and spec.group_size in AFFINE_GROUPS:
@@ -64,10 +64,17 @@ class Recipe:
 
     def override(self, name: str) -> Spec | None:
         """The last override whose pattern matches "model.layers.0.mlp.gate.weight", with or without ".weight"."""
-        for pattern, spec in reversed(self.overrides):
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern):
-                return spec
-        return None
+        return next((spec for pattern, spec in reversed(self.overrides) if _matches(pattern, name)), None)
+
+    def check_overrides(self, names: Sequence[str]) -> None:
+        """RecipeError for an override that matches none of `names`, the tensors that are there to quantize."""
+        for pattern, spec in self.overrides:
+            if not any(_matches(pattern, name) for name in names):
+                example = f", as {names[0]}" if names else ""
+                raise RecipeError(
+                    f"override {pattern}={spec} matches no tensor that can be quantized",
+                    hint=f"patterns are matched against whole tensor paths{example}",
+                )
 
     def spec(self, role: str) -> Spec:
         """The spec for a tensor of `role`."""
@@ -82,6 +89,10 @@ class Recipe:
             "others": str(self.others),
             "overrides": [[pattern, str(spec)] for pattern, spec in self.overrides],
         }
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
 
 
 # Routers decide which experts run, are tiny, and never go below 8 bits.

@@ -6,6 +6,7 @@ standard error, at most one "hint:" line after it, and an exit code that is not 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,15 @@ from click.testing import CliRunner
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "squizd.cli"]
 
+_DRIVER = """
+import json, sys
+from click.testing import CliRunner
+from squizd.cli import main
+for args in json.load(sys.stdin):
+    result = CliRunner().invoke(main, args, prog_name="squizd")
+    print(json.dumps([result.exit_code, result.stdout, result.stderr]))
+"""
+
 
 @dataclass
 class Outcome:
@@ -37,6 +47,7 @@ class Outcome:
         assert self.code == code, self
         assert lines, self
         assert lines[0].startswith("squizd: "), self
+        assert "internal error" not in lines[0], self
         assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: ")), self
         return self.err
 
@@ -90,6 +101,17 @@ class CommandLine:
             started.stdin.write(text)
         return finish(started)
 
+    def several(self, *commands: Sequence[str | Path], env: Mapping[str, str] | None = None) -> list[Outcome]:
+        """Some commands in one other process, so that its start is paid once; for what depends on `env`."""
+        given = json.dumps([[str(a) for a in command] for command in commands])
+        driver = [sys.executable, "-c", _DRIVER]
+        done = subprocess.run(
+            driver, input=given, capture_output=True, text=True, env=env or environment(), timeout=120
+        )
+        assert done.returncode == 0, done
+        assert done.stderr == "", done  # nothing but squizd's own lines
+        return [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+
     environment = staticmethod(environment)
     start = staticmethod(start)
     finish = staticmethod(finish)
@@ -120,7 +142,9 @@ def tiny_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     """`tiny_file("int4", quantizer="minmax")`: the fixture compressed so, once per session. Never write there."""
     folder, made = tmp_path_factory.mktemp("compressed"), dict[str, Path]()
 
-    def make(recipe: str = "int4", quantizer: str = "minmax", overrides: Sequence[str] = (), zstd: bool = False) -> Path:
+    def make(
+        recipe: str = "int4", quantizer: str = "minmax", overrides: Sequence[str] = (), zstd: bool = False
+    ) -> Path:
         import squizd
 
         key = repr((recipe, quantizer, tuple(overrides), zstd))
@@ -131,3 +155,21 @@ def tiny_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return made[key]
 
     return make
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Everything that a file holds, decoded from its record codec: equal for files that mean the same."""
+    import squizd
+
+    with squizd.open(path) as f:
+        return {
+            "metadata": f.metadata,
+            "files": f.bundle(),
+            "residents": {name: (t, bytes(f.read(r, name))) for name, (t, r) in f.residents.items()},
+            "layers": [(x.layer, x.path) for x in f.moe_layers],
+            "experts": {
+                (x.layer, i): (f.layouts[f.expert(x.layer, i).layout].tensors, bytes(f.read_expert(x.layer, i)))
+                for x in f.moe_layers
+                for i in range(x.expert_count)
+            },
+        }

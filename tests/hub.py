@@ -8,7 +8,8 @@ What the client asks, in this order (huggingface_hub 2.4, seen on the wire):
                                                            302 with X-Linked-Etag and X-Linked-Size to the store
     GET  the same URL, or the store's                      the bytes; 206 from where "Range: bytes=N-" says
 
-Errors are a status and X-Error-Code: 401 RepoNotFound, 401 GatedRepo, 404 RevisionNotFound, 404 EntryNotFound.
+Errors are a status and X-Error-Code: 401 RepoNotFound, 401 GatedRepo, 404 RevisionNotFound, 404 EntryNotFound;
+a bearer token that nobody was given is a 401 with X-Error-Message alone.
 No answer carries an X-Xet-Hash, so the client downloads over plain HTTP.
 """
 
@@ -16,9 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,12 +40,14 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     token: str = ""  # readable by its bearer alone, if there is one
-    gated: bool = False  # unreadable ones exist, but their terms must be accepted
+    gated: bool = False  # everyone sees that it is there; its files are for the bearer
 
-    def commit(self, folder: Path, branch: str = "main", **changes: bytes) -> str:
-        """Add the files of `folder` as a commit to `branch`; returns its hash."""
-        files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())} | changes
-        sha = hashlib.sha1(repr(sorted((n, hashlib.sha1(d).hexdigest()) for n, d in files.items())).encode()).hexdigest()
+    def commit(self, folder: Path, branch: str = "main", changes: Mapping[str, bytes] | None = None) -> str:
+        """Add the files of `folder`, with `changes`, as a commit to `branch`; returns its hash."""
+        files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())} | dict(changes or {})
+        sha = hashlib.sha1(
+            repr(sorted((n, hashlib.sha1(d).hexdigest()) for n, d in files.items())).encode()
+        ).hexdigest()
         self.commits[sha] = files
         self.refs[branch] = sha
         return sha
@@ -49,13 +55,13 @@ class Repo:
 
 @dataclass
 class Hub:
-    """The server's state. `seen` holds (method, path, bearer token) of every request."""
+    """The server's state. `seen` holds (method, path, bearer token, range) of every request."""
 
     url: str = ""
     store: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
-    seen: list[tuple[str, str, str]] = field(default_factory=list)
-    break_after: int = 0  # bytes of a large file after which the connection drops, and the store stays away
+    seen: list[tuple[str, str, str, str]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # "close" or "reset": what befalls the next large files midway
 
     def blob(self, digest: str) -> bytes:
         """The large file with this SHA-256."""
@@ -66,9 +72,9 @@ class Hub:
 class _Refusal(Exception):
     """An HTTP error in the hub's way."""
 
-    def __init__(self, status: int, code: str) -> None:
+    def __init__(self, status: int, code: str, message: str = "") -> None:
         super().__init__(code)
-        self.status, self.code = status, code
+        self.status, self.headers = status, {"X-Error-Code": code} | ({"X-Error-Message": message} if message else {})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -86,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        self.hub.seen.append((self.command, self.path, token))
+        self.hub.seen.append((self.command, self.path, token, self.headers.get("Range", "")))
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         try:
@@ -105,11 +111,13 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 raise _Refusal(404, "")
         except _Refusal as refusal:
-            self._send(refusal.status, {"X-Error-Code": refusal.code}, b"")
+            self._send(refusal.status, refusal.headers, b"")
 
     def _find(self, name: str, revision: str, token: str) -> tuple[str, dict[str, bytes]]:
         """The commit that `revision` names; what the reader may not see does not exist, unless it is gated."""
         repo = self.hub.repos.get(name)
+        if token and token not in {r.token for r in self.hub.repos.values()}:
+            raise _Refusal(401, "", "Invalid credentials in Authorization header")
         if repo is None or (repo.token and token != repo.token and not repo.gated):
             raise _Refusal(401, "RepoNotFound")
         sha = repo.refs.get(revision, revision)
@@ -135,20 +143,18 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(302, {"X-Repo-Commit": sha, "Location": f"{self.hub.store}/{digest}", **linked}, b"")
 
     def _send_stored(self, digest: str) -> None:
-        if self.hub.break_after < 0:
-            raise _Refusal(502, "")
         data = self.hub.blob(digest)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         if asked:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(206 if asked else 200, headers, data[start:], self.hub.break_after)
+        self._send(206 if asked else 200, headers, data[start:], self.hub.faults.pop(0) if self.hub.faults else "")
 
     def _send_json(self, value: object, headers: dict[str, str]) -> None:
         self._send(200, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes, break_after: int = 0) -> None:
+    def _send(self, status: int, headers: dict[str, str], body: bytes, fault: str = "") -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -156,12 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if break_after and len(body) > break_after:
-            self.hub.break_after = -1
-            self.wfile.write(body[:break_after])
-            self.close_connection = True
-        else:
-            self.wfile.write(body)
+        self.wfile.write(body[: len(body) // 2] if fault else body)
+        self.close_connection = self.close_connection or bool(fault)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
 
 def _entry(name: str, data: bytes) -> dict[str, object]:

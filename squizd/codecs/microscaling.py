@@ -35,6 +35,7 @@ E2M1: Final = _small_floats(2, 1, bias=1)
 # Subnormals below 2**-6, largest 448; 0x7F and 0xFF are NaN (the variant without infinities).
 E4M3: Final = _small_floats(4, 3, bias=7)
 E4M3[[0x7F, 0xFF]] = np.nan
+E4M3.setflags(write=False)
 
 # 2**(code - 127); 0xFF is NaN. MLX makes it infinity: the validator rejects it, so neither is ever used.
 E8M0: Final = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .. import architecture
 from ..container.layout import MoeLayer, Record, Tensor
 from ..container.reader import File
-from ..errors import SourceError
+from ..errors import SourceError, SquizdError
 from .device import compute_type, widened
 from .io import Part, Scatter
 
@@ -97,7 +97,16 @@ def draw(file: File) -> Blueprint:
         raise SourceError(f"{file.path}: the metadata holds no model config")
     if config.get("quantize_activations"):
         raise SourceError(f"{file.path} asks for quantized activations, which squizd cannot run")
-    model = _build_keeping_random_state(config, file.path)
+    state: Any = mx.random.state
+    key = state[0].tolist()  # the seed's upper and lower half
+    try:
+        return _draw(file, config)
+    finally:  # building a model draws random numbers, lazily; a caller's seed must not depend on that
+        mx.random.seed(key[0] << 32 | key[1])
+
+
+def _draw(file: File, config: dict[str, Any]) -> Blueprint:
+    model = _build(config, file.path)
     kind = config["model_type"]
     layouts = {x.path: sorted({file.expert(x.layer, e).layout for e in range(x.expert_count)}) for x in file.moe_layers}
     tensors = {name: tensor for name, (tensor, _) in file.residents.items()}
@@ -151,14 +160,13 @@ def draw(file: File) -> Blueprint:
     return blueprint
 
 
-def _build_keeping_random_state(config: dict[str, Any], where: str) -> nn.Module:
-    """Building a model draws (lazy) random numbers; a caller's seed must not depend on that."""
-    state: Any = mx.random.state
-    key = state[0].tolist()  # the seed's upper and lower half
+def _build(config: dict[str, Any], where: str) -> nn.Module:
     try:
         return architecture.build(config, where)
-    finally:
-        mx.random.seed(key[0] << 32 | key[1])
+    except SquizdError:
+        raise
+    except Exception as error:  # whatever a constructor raises on a config that nobody vouches for
+        raise SourceError(f"{where}: mlx-lm cannot build {config['model_type']}: {error!r}") from error
 
 
 def _quantize(model: nn.Module, tensors: dict[str, Tensor], counts: dict[str, int], where: str) -> None:

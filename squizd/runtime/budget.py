@@ -42,8 +42,8 @@ def parse_share(value: str | float) -> float:
 def format_size(size: int) -> str:
     """`size` in decimal units, rounded up: what it prints is enough when given as a budget."""
     if size < 10**10:
-        return f"{-(-size // 10**6):,} MB"
-    return f"{math.ceil(size / 10**8) / 10:,.1f} GB"
+        return f"{-(-size // 10**6)} MB"
+    return f"{-(-size // 10**8) / 10} GB"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class Residency:
     def __init__(self, file: File, budget: Budget, pager: Pager, paged_layers: int) -> None:
         self.file, self.budget, self.paged_layers = file, budget, paged_layers
         self._pager = pager
-        weakref.finalize(self, pager.close)
 
     @property
     def context(self) -> int:
@@ -67,14 +66,14 @@ class Residency:
     @property
     def stats(self) -> Stats:
         """The counters since loading or `reset_stats`, as a copy."""
-        return self._pager.snapshot()
+        return replace(self._pager.stats, resident_bytes=self.resident_bytes)
 
     def reset_stats(self) -> None:
         """Count from zero."""
         self._pager.stats = Stats()
 
     def close(self) -> None:
-        """Stop reading: threads end, the file closes. Also happens when the model is collected; twice is fine.
+        """End the threads and close the file, as happens by itself when the model is collected; twice is fine.
 
         A paged model raises ReadError at its next miss.
         """

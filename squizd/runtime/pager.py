@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..container.layout import MoeLayer, Record
 from ..container.reader import File
@@ -32,6 +32,7 @@ class Stats:
     bytes_read: int = 0  # stored bytes of expert records
     waves: int = 0  # extra computations because a call needed more experts than slots
     read_seconds: float = 0.0  # the model waited for reads
+    resident_bytes: int = 0  # memory of resident tensors and expert slots; not a counter
 
     @property
     def hit_rate(self) -> float:
@@ -64,10 +65,6 @@ class Pager:
                 wait(futures)
         self.stats.read_seconds += time.perf_counter() - began
         return errors
-
-    def snapshot(self) -> Stats:
-        """The counters now."""
-        return replace(self.stats)
 
     def close(self) -> None:
         """Stop the threads and close the file; closing twice is fine. No read outlives `run`, so none is waited for."""

@@ -30,8 +30,10 @@ class CacheGrowth:
     def bytes(self, tokens: int, chunk: int) -> int:
         """An upper bound after `tokens`, prefilled `chunk` at a time."""
         if self.window is not None:  # holds a whole chunk beside its window while that is computed
-            return -(-self.first * min(tokens, self.window + chunk) // _STEP)
-        return self.first + max(0, self.second - self.first) * max(0, -(-tokens // _STEP) - 1)
+            return -(-self.first * min(tokens + _STEP, self.window + chunk) // _STEP)
+        growth = max(0, self.second - self.first)
+        spare = _STEP - 1  # it grows by _STEP from any length
+        return self.first + -(-growth * (tokens + spare - _STEP) // _STEP)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
         entries = list(_entries(cache))
         second = [_size(entry) for entry in entries]
     except Exception as error:  # whatever an architecture raises when it is run on nothing
-        raise SourceError(f"{where}: cannot tell how much memory this architecture needs: {error!r}") from error
+        raise SourceError(f"{where}: mlx-lm cannot run {config.get('model_type')} as stored: {error}") from error
     finally:
         for layer in blueprint.layers:
             blueprint.replace(layer.layer.path, layer.module)
