@@ -20,8 +20,8 @@ _HOMES = {
     "compress": ".compression", "Summary": ".compression",
     "open": ".container", "validate": ".container", "File": ".container", "Report": ".container",
     "SquizdError": ".errors",
-    "generate": ".generation", "stream_generate": ".generation", "Session": ".generation", "Conversation": ".generation",
-    "Part": ".generation", "Sampling": ".generation",
+    "generate": ".generation", "stream_generate": ".generation", "Session": ".generation",
+    "Conversation": ".generation", "Part": ".generation", "Sampling": ".generation",
     "load": ".runtime.load",
 }  # fmt: skip
 _WITHOUT_MLX = (".container", ".errors")

@@ -86,7 +86,7 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
     if folder.is_file():
         raise SourceError(f"{name} is a file", hint="give the folder that holds config.json, or a repository id")
     if not folder.is_dir():
-        if not _REPO_ID.fullmatch(name) or name.startswith((".", "/", "~")):
+        if not _REPO_ID.fullmatch(name):
             raise SourceError(
                 f"{name}: no such folder", hint="give a folder with config.json, or a repository id org/name"
             )

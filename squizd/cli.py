@@ -24,7 +24,7 @@ _KNOWN_RECIPES = "int8, int4, int3, int2, mixed (experts 4, rest 8), mixed3, mix
 
 
 class _Group(click.Group):
-    """Runs a command; turns errors into one line and a hint."""
+    """Runs a command; turns errors into one line and a hint. (A broken pipe is click's to end quietly.)"""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -50,9 +50,6 @@ class _Group(click.Group):
         except SquizdError as error:
             _debug()
             _fail(str(error), error.hint, 1)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
         except (OSError, MemoryError) as error:
             _debug()
             _fail(str(error) or "out of memory", "", 1)
@@ -88,7 +85,8 @@ def main() -> None:
 @click.option("--recipe", default="int4", show_default=True, help=f"Encodings: {_KNOWN_RECIPES}.")
 @click.option("--quantizer", default="mse", show_default=True, help="mse (fitted) or minmax (as mlx-lm quantizes).")
 @click.option("--override", "overrides", multiple=True, metavar="PATTERN=SPEC",
-              help="Encoding for tensor paths that match, the last match wins; SPEC: keep, mxfp4, mxfp8, nvfp4, or bits 2-8 as 4 or 4g32.")  # fmt: skip
+              help="Encoding for tensor paths that match, the last match wins; "
+                   "SPEC: keep, mxfp4, mxfp8, nvfp4, or bits 2-8 as 4 or 4g32.")  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit of a repository.")
 @click.option("--zstd", is_flag=True, help="Compress records with zstd: smaller to ship, slower to page.")
 @click.option("--force", is_flag=True, help="Replace an existing output file.")
@@ -191,16 +189,19 @@ def _run(
     sampling: Sampling,
     o: dict[str, Any],
 ) -> None:
-    from .generation import Session
+    from .generation import Session, prompt_ids
+    from .runtime.load import load_tokenizer
 
-    with Session(file, memory=memory, resident=resident, context=context) as session:
-        chat = session.tokenizer.has_chat_template if o["chat"] is None else o["chat"]
+    tokenizer = load_tokenizer(file)
+    chat = tokenizer.has_chat_template if o["chat"] is None else o["chat"]
+    system = o["system"] if chat else ""
+    if prompt is not None and context is None:
+        context = len(prompt_ids(tokenizer, prompt, chat=chat, system=system)) + o["max_tokens"]
+    with Session(file, memory=memory, resident=resident, context=context, tokenizer=tokenizer) as session:
         if prompt is None:
             _converse(session, chat, sampling, o)
         else:
-            parts = session.stream(
-                prompt, max_tokens=o["max_tokens"], chat=chat, system=o["system"] if chat else "", sampling=sampling
-            )
+            parts = session.stream(prompt, max_tokens=o["max_tokens"], chat=chat, system=system, sampling=sampling)
             for part in parts:
                 click.echo(part.text, nl=False)
             click.echo()
@@ -252,8 +253,9 @@ def _statistics(session: Session, o: dict[str, Any]) -> None:
     timing, stats = session.timing, session.stats
     rate = f"{timing.tokens_per_second:.1f} tokens/s, " if timing.tokens_per_second else ""
     click.echo(
-        f"{timing.prompt_tokens} + {timing.generated_tokens} tokens, {rate}first token {timing.first_token_seconds:.2f} s, "
-        f"hit rate {stats.hit_rate:.1%}, {_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}",
+        f"{timing.prompt_tokens} + {timing.generated_tokens} tokens, {rate}"
+        f"first token {timing.first_token_seconds:.2f} s, hit rate {stats.hit_rate:.1%}, "
+        f"{_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}",
         err=True,
     )
 
@@ -314,9 +316,8 @@ def inspect(file: str, as_json: bool) -> None:
     click.echo(f"{file}: {facts['model_type']}, {_size(facts['size'])}, {facts['bits_per_weight']:.3f} bits per weight")
     click.echo(f"file id   {facts['file_id']}")
     click.echo("roles     " + "; ".join(_role_line(role, r) for role, r in facts["roles"].items()))
-    click.echo(
-        f"experts   {facts['experts']['layers']} layers, {facts['experts']['records']} records of {facts['experts']['encodings']}"
-    )
+    experts = facts["experts"]
+    click.echo(f"experts   {experts['layers']} layers, {experts['records']} records of {experts['encodings']}")
     click.echo("sections  " + ", ".join(f"{s['type']} {_size(s['stored_size'])}" for s in facts["sections"]))
     click.echo(f"recipe    {json.dumps(facts['recipe'])}")
     click.echo(f"source    {json.dumps(facts['source'])}")

@@ -21,9 +21,10 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import ContextError, RequestError
-from .runtime.load import Residency, load, state
+from .runtime.load import Residency, load_model, load_tokenizer, state
 
 Message = dict[str, str]
+DEFAULT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,21 @@ def render_chat(tokenizer: TokenizerWrapper, messages: Sequence[Message]) -> lis
     )
 
 
+def prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int], *, chat: bool, system: str = "") -> list[int]:
+    """Token ids of one prompt: as it is, or as the first message of a conversation."""
+    if not chat:
+        return encode(tokenizer, prompt)
+    if not isinstance(prompt, str):
+        raise RequestError("a chat message is text, not token ids")
+    return render_chat(tokenizer, [*Conversation(system).messages, {"role": "user", "content": prompt}])
+
+
 def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: str | Sequence[int],
     *,
-    max_tokens: int = 256,
+    max_tokens: int = DEFAULT_TOKENS,
     sampling: Sampling | None = None,
     prompt_cache: list[Any] | None = None,
     cached_tokens: int = 0,
@@ -106,7 +116,8 @@ def stream_generate(
     needed = cached_tokens + len(ids) + max_tokens
     if needed > loaded.context:
         raise ContextError(
-            f"{cached_tokens + len(ids)} prompt tokens and {max_tokens} to generate exceed the reserved context of {loaded.context}",
+            f"{cached_tokens + len(ids)} prompt tokens and {max_tokens} to generate exceed the reserved context "
+            f"of {loaded.context}",
             hint=f"reserve more with --context {needed} (context= in Python), or ask for fewer tokens",
         )
     clock, first = time.perf_counter(), 0.0
@@ -131,9 +142,16 @@ def stream_generate(
 
 
 def generate(path: str | os.PathLike[str], prompt: str | Sequence[int], **options: Any) -> str:
-    """Load `path`, answer one prompt, close. Options are those of `Session` and `Session.generate`."""
+    """Load `path`, answer one prompt, close. Options are those of `Session` and `Session.generate`.
+
+    Reserves the context that prompt and answer need, unless `context` is given.
+    """
     loading = {key: options.pop(key) for key in ("memory", "resident", "context") if key in options}
-    with Session(path, **loading) as session:
+    tokenizer = load_tokenizer(path)
+    if loading.get("context") is None:
+        ids = prompt_ids(tokenizer, prompt, chat=options.get("chat", False), system=options.get("system", ""))
+        loading["context"] = len(ids) + options.get("max_tokens", DEFAULT_TOKENS)
+    with Session(path, tokenizer=tokenizer, **loading) as session:
         return session.generate(prompt, **options)
 
 
@@ -161,9 +179,11 @@ class Session:
         memory: str | int | None = None,
         resident: str | float | None = None,
         context: int | None = None,
+        tokenizer: TokenizerWrapper | None = None,
     ) -> None:
         """See `squizd.load` for `memory`, `resident` and `context`, and for what is raised."""
-        self.model, self.tokenizer = load(path, memory=memory, resident=resident, context=context)
+        self.tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+        self.model = load_model(path, memory=memory, resident=resident, context=context)
         self.state: Residency = state(self.model)
         self.timing = Timing()
 
@@ -176,17 +196,13 @@ class Session:
         self,
         prompt: str | Sequence[int],
         *,
-        max_tokens: int = 256,
+        max_tokens: int = DEFAULT_TOKENS,
         chat: bool = False,
         system: str = "",
         sampling: Sampling | None = None,
     ) -> Iterator[Part]:
         """Stream the answer to one prompt, as a chat message where `chat` is set."""
-        ids: str | Sequence[int] = prompt
-        if chat:
-            if not isinstance(prompt, str):
-                raise RequestError("a chat message is text, not token ids")
-            ids = render_chat(self.tokenizer, Conversation(system, [{"role": "user", "content": prompt}]).messages)
+        ids = prompt_ids(self.tokenizer, prompt, chat=chat, system=system)
         self.timing = Timing()
         yield from stream_generate(
             self.model, self.tokenizer, ids, max_tokens=max_tokens, sampling=sampling, timing=self.timing

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -303,3 +304,11 @@ def test_hashes_are_those_of_the_files(tiny: Path) -> None:
         {"name": p.name, "size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
         for p in sorted(tiny.glob("*.safetensors"))
     ]
+
+
+def test_hashing_ends_soon_after_it_is_told_to(tmp_path: Path) -> None:
+    shard, stop = tmp_path / "model.safetensors", threading.Event()
+    shard.touch()
+    os.truncate(shard, 1 << 36)  # 64 GiB of nothing
+    stop.set()
+    assert len(Checkpoint(tmp_path, {}, [shard]).hashes(stop)) == 1

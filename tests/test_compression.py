@@ -177,13 +177,29 @@ def test_a_quantized_mlx_checkpoint_passes_untouched(how: str, tiny: Path, tmp_p
     assert squizd.validate(tmp_path / "x.squizd", deep=True).ok
 
 
-def test_codes_that_do_not_fit_the_model_are_an_error(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "change", "says"),
+    [
+        ("affine", {"vocab_size": 1024}, "and its scales do not make affine 4-bit g64 (bf16) of shape [1024, 128]"),
+        (
+            "affine",
+            {"moe_intermediate_size": 192},
+            "and its scales do not make affine 4-bit g64 (bf16) of shape [32, 1",
+        ),
+        ("affine", {"hidden_size": 192}, "is stored as affine 2-bit g96 (bf16), which the format does not know"),
+        ("mxfp4", {"hidden_size": 192}, "cannot tell how model.embed_tokens.weight is quantized"),
+    ],
+)
+def test_codes_that_do_not_fit_the_model_are_an_error(
+    mode: str, change: dict[str, int], says: str, tiny: Path, tmp_path: Path
+) -> None:
     model, config = load_model(tiny, lazy=True)
-    quantize_model(model, config, 64, 4)
+    _, config = quantize_model(model, config, None, None, mode=mode)
     save_model(tmp_path, model)
-    save_config(dict(config) | {"moe_intermediate_size": 192}, tmp_path / "config.json")
-    with pytest.raises(SourceError, match=r"switch_mlp\.\w+_proj"):
+    save_config(config | change, tmp_path / "config.json")
+    with pytest.raises(SourceError) as caught:
         squizd.compress(tmp_path, tmp_path / "x.squizd")
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])

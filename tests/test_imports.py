@@ -27,7 +27,7 @@ ALLOWED = {
     "compression": {"architecture", "checkpoint", "container", "inspection", "quantizers", "recipe"},
     "runtime": {"architecture", "backend", "container"},
     "generation": {"runtime"},
-    "cli": {"backend", "compression", "container", "generation", "inspection"},
+    "cli": {"backend", "compression", "container", "generation", "inspection", "runtime"},
 }
 
 

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.utils import _get_classes
+from mlx_lm.utils import load_model as load_mlx_model
 
 from squizd.container import Plan, Writer
 from squizd.container.layout import RAW, ZSTD, Encoding, MoeLayer, make_layout
@@ -247,3 +248,27 @@ def test_nvfp4_with_a_scale_per_expert(tmp_path: Path) -> None:
 def test_zstd_records_give_the_same_logits(tmp_path: Path) -> None:
     model = make_model(QWEN3)
     assert_same_at_any_share(write_file(tmp_path / "m.squizd", model, QWEN3, codec=ZSTD), model)
+
+
+def test_moe_82m_gives_mlx_lm_logits_at_any_share(tmp_path: Path) -> None:
+    """The trained bench model at 4 bits, router 8, as `mlx_lm.convert -q` makes it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "models" / "moe-82m"
+    if not folder.is_dir():
+        pytest.skip(f"no bench model at {folder}")
+    model, config = load_mlx_model(folder, lazy=True)
+    wide = {"group_size": 64, "mode": "affine"}
+    nn.quantize(
+        model,
+        class_predicate=lambda path, module: (
+            hasattr(module, "to_quantized") and {**wide, "bits": 8 if path.endswith("mlp.gate") else 4}
+        ),
+    )
+    mx.eval(model.parameters())
+    file = write_file(tmp_path / "m.squizd", model, config)
+    in_float32(model)
+    texts = [mx.array(np.random.default_rng(i).integers(0, 8192, (1, n))) for i, n in enumerate((60, 20, 1))]
+    wanted = [np.array(model(text)) for text in texts]
+    for share in ("100%", "50%", "25%", "0%"):
+        paged = load_model(file, resident=share)
+        for text, want in zip(texts, wanted, strict=True):
+            np.testing.assert_array_equal(np.array(paged(text)), want, err_msg=share)

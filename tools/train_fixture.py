@@ -29,31 +29,60 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig,
 
 SIZE_LIMIT = 8 * 1024 * 1024  # bytes of safetensors; the checkpoint lives in git
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CONFIG: dict[str, Any] = {  # the key names of published checkpoints; every matrix dimension is a multiple of 64
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
-    "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 256,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": False,
-    "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True,
-    "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.01, "hidden_act": "silu",
-    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "max_position_embeddings": 2048, "use_sliding_window": False,
-    "tie_word_embeddings": True, "initializer_range": 0.05, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "attention_bias": False,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "router_aux_loss_coef": 0.01,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.05,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
 }
-COMMON_WORDS = frozenset("the of and to in a is that it for was on with as his he be at by this".split())
+COMMON_WORDS = frozenset(("the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "with", "as", "his", "he", "be", "at"))
 PROMPTS = [  # written for this file, so no model has seen them; cut to the token count beside each
     ("The old man walked slowly along the river, and when he came to the bridge he", 12),
-    ("When the rain stopped, the children ran out of the house to see the garden. The grass was wet, the sky was "
-     "bright, and far away, behind the hills, they could hear the sound of a train that was late again.", 40),
-    ("The film begins in a small town near the sea, where a young woman comes home after many years to sell her "
-     "father's house. Nobody in the town wants her to go, and nobody will say why. There is a doctor who knows more "
-     "than he tells, a policeman who is never at work, and a boy who draws the same door every day. For an hour it "
-     "is a very good story about people who have waited too long. Then the door opens, and the picture becomes "
-     "something else: louder, faster, and not nearly as interesting as the first part of it.", 100),
+    (
+        "When the rain stopped, the children ran out of the house to see the garden. The grass was wet, the sky was "
+        "bright, and far away, behind the hills, they could hear the sound of a train that was late again.",
+        40,
+    ),
+    (
+        "The film begins in a small town near the sea, where a young woman comes home after many years to sell her "
+        "father's house. Nobody in the town wants her to go, and nobody will say why. There is a doctor who knows more "
+        "than he tells, a policeman who is never at work, and a boy who draws the same door every day. For an hour it "
+        "is a very good story about people who have waited too long. Then the door opens, and the picture becomes "
+        "something else: louder, faster, and not nearly as interesting as the first part of it.",
+        100,
+    ),
 ]
 
 
@@ -77,20 +106,36 @@ def read_texts(path: Path, domains: set[str], min_english: float) -> tuple[list[
 def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE tokenizer with Qwen's splitting rule, write it to `out` and load it back."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"], special_tokens=SPECIAL_TOKENS, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=CONFIG["vocab_size"],
+            special_tokens=SPECIAL_TOKENS,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     bpe.save(str(out / "tokenizer.json"))
-    write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[0],
-        "pad_token": SPECIAL_TOKENS[0], "additional_special_tokens": SPECIAL_TOKENS[1:],
-        "model_max_length": CONFIG["max_position_embeddings"], "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE})
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL_TOKENS[0],
+            "eos_token": SPECIAL_TOKENS[0],
+            "pad_token": SPECIAL_TOKENS[0],
+            "additional_special_tokens": SPECIAL_TOKENS[1:],
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
     return AutoTokenizer.from_pretrained(out)
 
 
@@ -116,11 +161,17 @@ def train(tokens: torch.Tensor, args: argparse.Namespace) -> Qwen3MoeForCausalLM
     model.set_experts_implementation("grouped_mm")  # the fastest of transformers' expert loops on a CPU
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
     warmup = max(1, args.steps // 40)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps))),
+    )
     for step in (bar := trange(args.steps, desc="train", unit="step")):
         begins = torch.randint(len(tokens) - args.seq_len, (args.batch, 1))
         batch = tokens[begins + torch.arange(args.seq_len)]
@@ -151,7 +202,8 @@ def write_checkpoint(model: Qwen3MoeForCausalLM, out: Path) -> None:
 def load_reference(folder: Path) -> Qwen3MoeForCausalLM:
     """Load a written checkpoint the plainest way: float32, eager attention, eager experts."""
     return Qwen3MoeForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").eval()
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
 
 
 @torch.no_grad()
@@ -181,9 +233,12 @@ def evaluate(model: Qwen3MoeForCausalLM, tokens: torch.Tensor, seq_len: int) -> 
             counts[layer] += torch.bincount(chosen.flatten(), minlength=CONFIG["num_experts"])
     loss = torch.cat(losses).mean().item()
     shares = counts / counts.sum(dim=1, keepdim=True)
-    return {"held_out_tokens": windows.numel(), "held_out_loss": round(loss, 4),
-            "held_out_perplexity": round(math.exp(loss), 2),
-            "expert_share_min_max": [[round(s.min().item(), 5), round(s.max().item(), 5)] for s in shares]}
+    return {
+        "held_out_tokens": windows.numel(),
+        "held_out_loss": round(loss, 4),
+        "held_out_perplexity": round(math.exp(loss), 2),
+        "expert_share_min_max": [[round(s.min().item(), 5), round(s.max().item(), 5)] for s in shares],
+    }
 
 
 @torch.no_grad()
@@ -202,8 +257,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="example: python tools/train_fixture.py --text train.jsonl.xz --steps 200 --out /tmp/quick")
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python tools/train_fixture.py --text train.jsonl.xz --steps 200 --out /tmp/quick",
+    )
     parser.add_argument("--text", type=Path, help='training text, rows of {"domain", "text"}: .jsonl or .jsonl.xz')
     parser.add_argument("--out", type=Path, default=Path("fixtures/tiny-moe"), help="folder to write")
     parser.add_argument("--domains", default="prose", help="comma-separated domains to train on")
@@ -235,10 +292,13 @@ def main() -> None:
     model = load_reference(partial)  # from here on: what was written, not what was trained
     write_reference(model, tokenizer, partial)
     evaluation = {
-        "parameters": model.num_parameters(), "training_tokens": args.steps * args.batch * args.seq_len,
+        "parameters": model.num_parameters(),
+        "training_tokens": args.steps * args.batch * args.seq_len,
         **evaluate(model, encode(held_out, tokenizer), args.seq_len),
-        "greedy": sample(model, tokenizer, None), "sampled": sample(model, tokenizer, 1),
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)}}
+        "greedy": sample(model, tokenizer, None),
+        "sampled": sample(model, tokenizer, 1),
+        "versions": {library.__name__: library.__version__ for library in (torch, transformers, tokenizers)},
+    }
     write_json(partial / "evaluation.json", evaluation)
     print(json.dumps(evaluation, indent=2))
     if args.out.exists():  # readers see the old checkpoint until the new one is whole

@@ -20,23 +20,30 @@ DIRECTORY_ENTRY_SIZE: Final = 64
 PART_ALIGNMENT: Final = 64  # sections, resident records and the parts of any record
 DEFAULT_RECORD_ALIGNMENT: Final = 16384  # expert records, unless padding would cost too much
 
-# Limits (spec, "Limits"). A reader rejects what exceeds them before it allocates anything.
+# Limits (spec, "Limits"). A reader rejects what exceeds them before it allocates anything. They are
+# chosen so that no file makes a reader of this package use more than 64 MiB to open or to validate it.
 MAX_SECTIONS: Final = 64
-MAX_HEAD_SIZE: Final = 1 << 28
-MAX_METADATA_SIZE: Final = 1 << 24
-MAX_METADATA_DEPTH: Final = 32
+MAX_HEAD_SIZE: Final = 1 << 24
+MAX_JSON_SIZE: Final = 1 << 21
+MAX_JSON_TOKENS: Final = 1 << 17  # commas and opening brackets of one document
+MAX_JSON_DEPTH: Final = 32
 MAX_SAFE_INTEGER: Final = (1 << 53) - 1
+MAX_NAMES_SIZE: Final = 1 << 21
 MAX_NAME_LENGTH: Final = 512
+MAX_FILE_NAME_LENGTH: Final = 128
 MAX_DIMENSIONS: Final = 4
 MAX_ELEMENTS: Final = 1 << 48
-MAX_TENSORS: Final = 1 << 20
-MAX_EXPERT_RECORDS: Final = 1 << 22
-MAX_LAYOUTS: Final = 1 << 16
-MAX_MOE_LAYERS: Final = 1 << 16
+MAX_TENSORS: Final = 1 << 14  # entries of TENS
+MAX_LAYOUTS: Final = 1 << 10
+MAX_LAYOUT_TENSORS: Final = 1 << 13
+MAX_MOE_LAYERS: Final = 1 << 12
+MAX_EXPERT_RECORDS: Final = 1 << 17
 MAX_FILES: Final = 256
 MAX_RECORD_SIZE: Final = 1 << 36
 MAX_RECORD_ALIGNMENT: Final = 1 << 24
 MAX_ZSTD_WINDOW: Final = 1 << 23
+MAX_ZSTD_RATIO: Final = 64  # raw_size / stored_size
+ZSTD_BLOCK_SIZE: Final = 1 << 17  # RFC 8878: no block decodes to more
 
 # Section types, four ASCII characters each.
 META: Final = b"META"  # metadata, restricted JSON
@@ -49,13 +56,14 @@ EXPI: Final = b"EXPI"  # index of expert records
 BNDL: Final = b"BNDL"  # embedded files (tokenizer)
 RESD: Final = b"RESD"  # resident tensors
 SHRD: Final = b"SHRD"  # expert shards
-PROF: Final = b"PROF"
-SPRS: Final = b"SPRS"
-DRFT: Final = b"DRFT"
-ASTC: Final = b"ASTC"
-ANEC: Final = b"ANEC"
+PROF: Final = b"PROF"  # routing profile, JSON lines
+SPRS: Final = b"SPRS"  # sparsity of experts, JSON lines
+DRFT: Final = b"DRFT"  # draft head, JSON lines
+ASTC: Final = b"ASTC"  # reserved
+ANEC: Final = b"ANEC"  # reserved
 HEAD_SECTIONS: Final = (META, STRS, FILE, TENS, LAYT, MOEL, EXPI)  # in this order
 DATA_SECTIONS: Final = (BNDL, RESD, SHRD)  # in this order, after the head
+CRITICAL_SECTIONS: Final = HEAD_SECTIONS + DATA_SECTIONS
 REQUIRED_SECTIONS: Final = (META, STRS, TENS, RESD)
 MOE_SECTIONS: Final = (LAYT, MOEL, EXPI, SHRD)  # all of them or none
 FILE_SECTIONS: Final = (FILE, BNDL)  # both or neither
@@ -86,12 +94,22 @@ AFFINE_BITS: Final = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS: Final = (32, 64, 128)
 MICROSCALING: Final = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode: bits, group
 
+# The largest finite number of each float type, and the largest E8M0 scale whose products stay below it.
+LARGEST: Final = {"f32": (2 - 2**-23) * 2.0**127, "f16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127}
+LARGEST_E8M0: Final = {
+    "mxfp4": {"f32": 252, "f16": 140, "bf16": 252},
+    "mxfp8": {"f32": 246, "f16": 134, "bf16": 246},
+}
+
 # Roles.
 ROLES: Final = {
     0: "other", 1: "embedding", 2: "attention", 3: "router", 4: "shared", 5: "expert",
-    6: "norm", 7: "head", 8: "dense",
+    6: "norm", 7: "head", 8: "dense", 9: "draft",
 }  # fmt: skip
 ROLE_IDS: Final = {name: number for number, name in ROLES.items()}
+
+# Modules of an expert in the order in which a layout holds their tensors.
+EXPERT_MODULES: Final = {"gate_proj": 0, "up_proj": 1, "down_proj": 2, "fc1": 0, "fc2": 1}
 
 # content_flags: the founding document's bit numbers.
 FLAG_ASTC, FLAG_TCA_TBE, FLAG_INT4, FLAG_INT3, FLAG_INT2 = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4
@@ -115,6 +133,8 @@ HEADER: Final = np.dtype(
         "itemsize": HEADER_SIZE,
     }
 )  # fmt: skip
+
+HEADER_NUMBERS: Final = tuple(name for name in HEADER.names or () if name not in ("magic", "reserved"))
 
 SECTION: Final = np.dtype(
     [
@@ -153,12 +173,17 @@ MOE_LAYER: Final = np.dtype(
 EMBEDDED: Final = np.dtype([("name_offset", "<u4"), ("name_length", "<u2"), ("reserved", "V2"), ("record", RECORD)])
 
 
+def printable(text: str) -> str:
+    """`text` as it is, or escaped if any character of it is not printable."""
+    return text if text.isprintable() else ascii(text)
+
+
 def align(offset: int, alignment: int) -> int:
     """The first multiple of `alignment` at or after `offset`."""
     return -(-offset // alignment) * alignment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoding:
     """How a tensor's numbers are stored.
 
@@ -210,7 +235,7 @@ class Encoding:
         return f"{self.mode} {self.bits}-bit g{self.group_size} ({self.dtype})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a record: name, role, encoding, logical shape, and its parts as (offset, size)."""
 
@@ -221,6 +246,11 @@ class Tensor:
     codes: tuple[int, int]
     scales: tuple[int, int]
     biases: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """The name, escaped where a terminal could misread it."""
+        return printable(self.name)
 
     @property
     def parameters(self) -> int:
@@ -255,7 +285,16 @@ def place(name: str, role: str, encoding: Encoding, shape: tuple[int, ...], star
     return Tensor(name, role, encoding, shape, spans[0], spans[1], spans[2]), end
 
 
-@dataclass(frozen=True)
+def expert_rank(name: str) -> tuple[int, bool] | None:
+    """What the order of a layout's tensors goes by: gate, up, down (or fc1, fc2), in each weight first.
+
+    None for tensors of other modules, whose place is free.
+    """
+    module, _, leaf = name.partition(".")
+    return (EXPERT_MODULES[module], leaf != "weight") if module in EXPERT_MODULES else None
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What every expert record that names it holds: tensors in file order, decoded size."""
 
@@ -272,7 +311,7 @@ def make_layout(tensors: list[tuple[str, str, Encoding, tuple[int, ...]]]) -> La
     return Layout(tuple(placed), end)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """Where stored bytes lie: file offset, stored and decoded size, codec id, XXH64 of the stored bytes."""
 
@@ -284,7 +323,7 @@ class Record:
     layout: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Section:
     """One directory entry."""
 
@@ -296,8 +335,13 @@ class Section:
     codec: int
     digest: int
 
+    @property
+    def label(self) -> str:
+        """The type, escaped where it is not four printable ASCII characters."""
+        return printable(self.type.decode("latin-1"))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class MoeLayer:
     """One module that holds experts: its id in the expert index, module path, and expert count."""
 

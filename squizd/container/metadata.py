@@ -1,123 +1,132 @@
-"""The restricted JSON of the META section (spec, "Metadata").
+"""What the META section says: model, recipe, provenance, licence, siblings (spec, "Metadata").
 
-Strict where `json.loads` is lenient: unique keys, bounded depth, numbers that every language reads
-alike. Writing is canonical: sorted keys, no spaces, ASCII only, so equal metadata is equal bytes.
+`spec/metadata.schema.json` says the same in JSON Schema; a test compares the two. Members that are not
+listed here are kept and mean nothing to a reader.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from typing import Any
 
-from .layout import MAX_METADATA_DEPTH, MAX_METADATA_SIZE, MAX_SAFE_INTEGER
+from . import restricted
+from .layout import MAX_FILE_NAME_LENGTH, Bytes
+from .restricted import DocumentError
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_BRACKET = re.compile(rb"[\[\]{}]")
+MetadataError = DocumentError
 
-
-class MetadataError(ValueError):
-    """Metadata breaks the rule `code`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?<!\.)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def encode(metadata: dict[str, Any]) -> bytes:
-    """Canonical bytes of `metadata`; raises MetadataError if they could not be read back."""
-    try:
-        data = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-    except ValueError as error:
-        raise MetadataError("metadata-number", str(error)) from error
+    """Canonical bytes of `metadata`; raises MetadataError if a reader would reject them."""
+    data = restricted.encode(metadata)
     decode(data)
     return data
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: Bytes) -> dict[str, Any]:
     """Parse and check the bytes of META; raises MetadataError for the first broken rule."""
-    if len(data) > MAX_METADATA_SIZE:
-        raise MetadataError("metadata-size", f"metadata has {len(data)} bytes")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MetadataError("metadata-utf8", f"metadata is not UTF-8 at byte {error.start}") from error
-    if text.startswith("\ufeff"):
-        raise MetadataError("metadata-utf8", "metadata starts with a byte order mark")
-    _check_depth(data)
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_constant
-        )
-    except json.JSONDecodeError as error:
-        raise MetadataError("metadata-json", f"metadata is not JSON: {error.msg} at character {error.pos}") from error
-    _check_schema(value)
-    _check_text(value)
-    checked: dict[str, Any] = value
-    return checked
-
-
-def _check_depth(data: bytes) -> None:
-    depth = 0
-    for bracket in _BRACKET.finditer(_STRING.sub(b"", data)):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > MAX_METADATA_DEPTH:
-            raise MetadataError("metadata-depth", f"metadata nests deeper than {MAX_METADATA_DEPTH}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise MetadataError("metadata-duplicate-key", f"key {twice!r} occurs twice")
-    return result
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 17 or abs(int(digits)) > MAX_SAFE_INTEGER:
-        raise MetadataError("metadata-number", f"integer {digits[:24]} is beyond 2^53")
-    return int(digits)
-
-
-def _number(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise MetadataError("metadata-number", f"number {digits[:24]} overflows")
+    value: dict[str, Any] = restricted.decode(data)
+    _check_types(value)
+    _check_set(value)
     return value
 
 
-def _constant(name: str) -> float:
-    raise MetadataError("metadata-json", f"{name} is not JSON")
+def is_file_name(name: str) -> bool:
+    """Whether `name` is bare and safe in every file system: no path, no leading or trailing dot."""
+    return len(name) <= MAX_FILE_NAME_LENGTH and _FILE_NAME.fullmatch(name) is not None
 
 
-def _check_text(value: Any) -> None:
-    """No lone surrogates: they cannot be written as UTF-8."""
-    if isinstance(value, str):
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise MetadataError("metadata-utf8", "a string holds a lone surrogate")
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_text(key)
-            _check_text(item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_text(item)
+def is_sha256(text: Any) -> bool:
+    """Whether `text` is a SHA-256 in lower-case hexadecimal."""
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
-def _check_schema(value: Any) -> None:
-    _require(value, dict, "metadata")
+# -- types -----------------------------------------------------------------------------------------------
+
+
+def _check_types(value: Any) -> None:
+    _object(value, "metadata")
     for member in ("model", "recipe", "provenance"):
-        _require(value.get(member), dict, member)
+        _object(value.get(member), member)
     config = value["model"].get("config")
-    _require(config, dict, "model.config")
-    _require(config.get("model_type"), str, "model.config.model_type")
-    for member in ("licence", "description"):
-        if member in value:
-            _require(value[member], str, member)
+    _object(config, "model.config")
+    _text(config.get("model_type"), "model.config.model_type")
+    _texts(value, "", "licence", "description")
+    _texts(value["recipe"], "recipe.", "name", "quantizer")
+    provenance = value["provenance"]
+    _texts(provenance, "provenance.", "tool", "version")
+    source = provenance.get("source", {})
+    _object(source, "provenance.source")
+    _texts(source, "provenance.source.", "repo", "revision")
+    for i, file in enumerate(_list(source.get("files", []), "provenance.source.files")):
+        _source_file(file, f"provenance.source.files[{i}]")
+    calibration = provenance.get("calibration", {})
+    _object(calibration, "provenance.calibration")
+    if "sha256" in calibration and not is_sha256(calibration["sha256"]):
+        _wrong("provenance.calibration.sha256 is not a SHA-256")
 
 
-def _require(value: Any, kind: type, where: str) -> None:
-    if not isinstance(value, kind):
-        raise MetadataError("metadata-type", f"{where} is not {'an object' if kind is dict else 'a string'}")
+def _source_file(file: Any, where: str) -> None:
+    _object(file, where)
+    _text(file.get("name"), f"{where}.name")
+    _count(file.get("size"), f"{where}.size")
+    if not is_sha256(file.get("sha256")):
+        _wrong(f"{where}.sha256 is not a SHA-256")
+
+
+def _check_set(value: dict[str, Any]) -> None:
+    """A member of a sharded set says which one it is; the first lists the others in order."""
+    siblings = _list(value.get("siblings", []), "siblings")
+    for i, sibling in enumerate(siblings):
+        where = f"siblings[{i}]"
+        _object(sibling, where)
+        _text(sibling.get("name"), f"{where}.name")
+        _count(sibling.get("size"), f"{where}.size")
+        if not is_sha256(sibling.get("file_id")):
+            _wrong(f"{where}.file_id is not a SHA-256")
+    member = value.get("set", {"index": 0, "count": 1})
+    _object(member, "set")
+    _count(member.get("index"), "set.index")
+    _count(member.get("count"), "set.count")
+    for i, sibling in enumerate(siblings):
+        if not is_file_name(sibling["name"]):
+            raise MetadataError("sibling-name", f"siblings[{i}].name {sibling['name'][:80]!a} is not bare")
+    index, count = member["index"], member["count"]
+    names = {sibling["name"].lower() for sibling in siblings}
+    if index >= count or len(siblings) != (count - 1 if index == 0 else 0) or len(names) != len(siblings):
+        raise MetadataError("metadata-set", f"member {index} of {count} lists {len(siblings)} siblings")
+
+
+def _wrong(message: str) -> None:
+    raise MetadataError("metadata-type", message)
+
+
+def _object(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        _wrong(f"{where} is not an object")
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        _wrong(f"{where} is not an array")
+    checked: list[Any] = value
+    return checked
+
+
+def _text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        _wrong(f"{where} is not a string")
+
+
+def _texts(holder: dict[str, Any], prefix: str, *members: str) -> None:
+    for member in members:
+        if member in holder:
+            _text(holder[member], prefix + member)
+
+
+def _count(value: Any, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        _wrong(f"{where} is not an integer of at least 0")

@@ -14,8 +14,10 @@ from typing import Any
 
 from ..errors import ExpertReadError, FormatError, ReadError, RequestError
 from . import records
+from .appendices import NAMES, Document, read_lines
 from .layout import Array, Layout, MoeLayer, Record, Section, Tensor
 from .parse import Contents, parse
+from .restricted import DocumentError
 
 
 def read_at(fd: int, offset: int, size: int) -> bytes:
@@ -35,10 +37,10 @@ class File:
 
     def __init__(self, path: str, fd: int, contents: Contents) -> None:
         self.path, self._fd, self._contents = path, fd, contents
-        self._first = dict[int, int]()
+        self._first = dict[int, tuple[int, int]]()  # layer -> (place of its first expert in EXPI, expert count)
         position = 0
         for layer in contents.moe_layers:
-            self._first[layer.layer] = position
+            self._first[layer.layer] = position, layer.expert_count
             position += layer.expert_count
 
     @property
@@ -104,22 +106,15 @@ class File:
 
     def expert(self, layer: int, expert: int) -> Record:
         """Where one expert's record lies; RequestError if the file has no such expert."""
-        first = self._first.get(layer)
-        count = next((x.expert_count for x in self.moe_layers if x.layer == layer), 0)
-        if first is None or not 0 <= expert < count:
+        first, count = self._first.get(layer, (0, 0))
+        if not 0 <= expert < count:
             listed = ", ".join(str(x.layer) for x in self.moe_layers[:8]) or "none"
             raise RequestError(
                 f"{self.path} has no layer {layer} expert {expert}", hint=f"layers with experts: {listed} ..."
             )
-        r = self._contents.experts[first + expert]["record"]
-        return Record(
-            int(r["offset"]),
-            int(r["stored_size"]),
-            int(r["raw_size"]),
-            int(r["codec"]),
-            int(r["digest"]),
-            int(r["layout"]),
-        )
+        _, _, row = self._contents.experts[first + expert].item()
+        offset, stored_size, raw_size, codec, layout, _, digest = row
+        return Record(offset, stored_size, raw_size, codec, digest, layout)
 
     def read(self, record: Record, what: str) -> memoryview:
         """Decoded bytes of `record`, digest verified. `what` names it in a ReadError or FormatError."""
@@ -142,6 +137,20 @@ class File:
     def bundle(self) -> dict[str, bytes]:
         """The embedded files by bare name."""
         return {name: bytes(self.read(record, f"embedded file {name}")) for name, record in self.files.items()}
+
+    def appendix(self, kind: bytes) -> list[Document]:
+        """The lines of appendix PROF, SPRS or DRFT (spec, "Appendices"), digest verified; none if it is absent.
+
+        Their structure is JSON, but what they say is not checked against the file: `validate` does that.
+        """
+        section = next((s for s in self.sections if s.type == kind and kind in NAMES), None)
+        if section is None:
+            return []
+        record = Record(section.offset, section.stored_size, section.raw_size, section.codec, section.digest)
+        try:
+            return list(read_lines([self.read(record, f"section {section.label}")]))
+        except DocumentError as error:
+            raise FormatError(self.path, error.code, section.offset, f"section {section.label}: {error}") from error
 
     def array(self, name: str) -> Array:
         """A resident tensor, decoded to float32 (integers stay as they are), in its logical shape."""
@@ -191,6 +200,8 @@ def open_descriptor(path: str | os.PathLike[str]) -> tuple[int, int]:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ReadError(f"{name}: {error.strerror}", hint="check the path") from error
+    except ValueError as error:
+        raise ReadError(f"{name!r} is no path: {error}") from error
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):

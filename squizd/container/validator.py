@@ -1,35 +1,42 @@
 """Check a file against every rule of the spec. Needs no MLX.
 
-Structural checks are `parse`, the same that opens a file; `deep` adds the payload: digests, zstd
-frames, padding, and the values that would decode to nonsense.
+Structural checks are `parse`, the same that opens a file; `deep` adds the payload (`payload`) and the
+appendices (`appendices`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import xxhash
 
+from ..errors import ReadError
+from . import appendices
 from . import layout as L
-from . import records
-from .faults import Fault
+from .faults import MAX_FAULTS, Fault
+from .frames import FrameError, stream
 from .parse import Contents, parse
+from .payload import PIECE, FileSource, Found, Progress, Shrunk, check_records
 from .reader import open_descriptor, read_at
+from .restricted import DocumentError
 
-_CHUNK = 1 << 22
-Progress = Callable[[int], None]
+_DECODED = 1 << 20
 
 
 @dataclass
 class Report:
-    """The outcome: every fault found, in file order of the checks."""
+    """The outcome: the faults found, in the order of the spec's checks; `path` and `deep` as asked for.
+
+    A fault of one stage hides those of later stages, and at most 1,000 faults are kept: `complete` says
+    whether every rule was checked.
+    """
 
     path: str
     deep: bool
     errors: list[Fault] = field(default_factory=list)
+    complete: bool = True
 
     @property
     def ok(self) -> bool:
@@ -42,105 +49,91 @@ def validate(path: str | os.PathLike[str], deep: bool = False, progress: Progres
 
     Raises ReadError if the file cannot be read at all; broken rules are in the report.
     """
+    name = os.fspath(path)
     fd, size = open_descriptor(path)
     try:
         contents, faults = parse(lambda offset, count: read_at(fd, offset, count), size)
-        report = Report(os.fspath(path), deep, faults)
+        report = Report(name, deep, faults, complete=not faults)
         if deep and not faults:
-            report.errors.extend(_payload(fd, contents, progress or (lambda _: None)))
+            _check_payload(fd, contents, report, progress or (lambda _: None))
         return report
+    except OSError as error:
+        raise ReadError(f"{name}: {error.strerror}") from error
     finally:
         os.close(fd)
 
 
-def _payload(fd: int, contents: Contents, progress: Progress) -> Iterator[Fault]:
-    for name, record in contents.files.items():
-        yield from _record(fd, record, (), f"embedded file {name}", progress)
-    for name, (tensor, record) in contents.residents.items():
-        yield from _record(fd, record, (tensor,), name, progress)
-    for e in contents.experts:
-        r = e["record"]
-        record = L.Record(
-            int(r["offset"]),
-            int(r["stored_size"]),
-            int(r["raw_size"]),
-            int(r["codec"]),
-            int(r["digest"]),
-            int(r["layout"]),
-        )
-        tensors = contents.layouts[record.layout].tensors
-        yield from _record(fd, record, tensors, f"layer {int(e['layer'])} expert {int(e['expert'])}", progress)
+def _check_payload(fd: int, contents: Contents, report: Report, progress: Progress) -> None:
+    try:
+        found = [*_leading_gaps(fd, contents), *check_records(fd, contents, progress)]
+        found.sort(key=lambda pair: pair[0])
+        faults = [fault for _, fault in found]
+        faults += _check_appendices(fd, contents)
+    except Shrunk:
+        report.errors.append(Fault("file-truncated", 32, "the file became shorter while it was read"))
+        report.complete = False
+        return
+    report.errors, report.complete = faults[:MAX_FAULTS], len(faults) < MAX_FAULTS
+
+
+def _leading_gaps(fd: int, contents: Contents) -> Iterator[Found]:
+    """Padding in front of the data sections; that behind records belongs to `payload`."""
+    end = contents.head_size
+    for s in contents.sections:
+        if s.type in L.DATA_SECTIONS:
+            yield from ((end, fault) for fault in _gap(fd, end, s))
+        if s.type not in L.HEAD_SECTIONS:
+            end = s.offset + s.stored_size
+
+
+def _gap(fd: int, end: int, section: L.Section) -> Iterator[Fault]:
+    for at in range(end, section.offset, PIECE):
+        if read_at(fd, at, min(PIECE, section.offset - at)).strip(b"\0"):
+            yield Fault("padding-nonzero", end, f"padding before section {section.label} is not zero")
+            return
+
+
+def _check_appendices(fd: int, contents: Contents) -> Iterator[Fault]:
+    end = contents.head_size
     for i, s in enumerate(contents.sections):
-        if s.type not in L.HEAD_SECTIONS + L.DATA_SECTIONS:
-            yield from _appendix(fd, s, L.HEADER_SIZE + i * L.DIRECTORY_ENTRY_SIZE)
-    yield from _padding(fd, contents)
+        if s.type not in L.CRITICAL_SECTIONS:
+            yield from _gap(fd, end, s)
+            yield from _check_appendix(fd, s, L.HEADER_SIZE + i * L.DIRECTORY_ENTRY_SIZE, contents)
+        end = s.offset + s.stored_size
+    drafts = appendices.draft_tensors(contents)
+    if drafts and all(s.type != L.DRFT for s in contents.sections):
+        yield Fault("draft-tensors", 0, f"{len(drafts)} tensors of role draft, but no DRFT")
 
 
-def _digest(fd: int, offset: int, size: int) -> int:
-    state = xxhash.xxh64()
-    for start in range(0, size, _CHUNK):
-        state.update(read_at(fd, offset + start, min(_CHUNK, size - start)))
-    return state.intdigest()
-
-
-def _record(fd: int, record: L.Record, tensors: tuple[L.Tensor, ...], what: str, progress: Progress) -> Iterator[Fault]:
-    progress(record.stored_size)
-    if _digest(fd, record.offset, record.stored_size) != record.digest:
-        yield Fault("record-digest", record.offset, f"{what} does not match its digest")
-        return
-    if record.codec == L.RAW and not tensors:
-        return
-    raw, fault = records.decode(read_at(fd, record.offset, record.stored_size), record)
-    if fault is not None:
-        yield fault._replace(message=f"{what}: {fault.message}")
-        return
-    end = 0
-    for tensor in tensors:
-        for part, offset, size in tensor.parts:
-            if any(raw[end:offset]):
-                yield Fault("padding-nonzero", record.offset + end, f"{what}: padding before {tensor.name} {part}")
-            end = offset + size
-            code = _bad_values(tensor.encoding, part, raw[offset:end])
-            if code:
-                yield Fault(code, record.offset + offset, f"{what}: {tensor.name} {part}")
-
-
-def _bad_values(encoding: L.Encoding, part: str, data: memoryview) -> str:
-    """The code of the rule that a part's values break, or an empty string."""
-    if encoding.mode == "affine" and part != "codes":
-        mask, kind = {"f32": (0x7F800000, "<u4"), "f16": (0x7C00, "<u2"), "bf16": (0x7F80, "<u2")}[encoding.dtype]
-        bits = np.frombuffer(data, kind) & mask
-        return {"scales": "scale-not-finite", "biases": "bias-not-finite"}[part] if (bits == mask).any() else ""
-    if encoding.mode in ("mxfp4", "mxfp8") and part == "scales":
-        return "e8m0-nan" if (np.frombuffer(data, np.uint8) == 0xFF).any() else ""
-    if (encoding.mode, part) in (("nvfp4", "scales"), ("mxfp8", "codes")):
-        return "e4m3-nan" if ((np.frombuffer(data, np.uint8) & 0x7F) == 0x7F).any() else ""
-    return ""
-
-
-def _appendix(fd: int, section: L.Section, at: int) -> Iterator[Fault]:
-    label = f"section {section.type.decode()}"
-    if _digest(fd, section.offset, section.stored_size) != section.digest:
+def _check_appendix(fd: int, section: L.Section, at: int, contents: Contents) -> Iterator[Fault]:
+    label, digest = f"section {section.label}", xxhash.xxh64()
+    for position in range(0, section.stored_size, PIECE):
+        digest.update(_read(fd, section.offset + position, min(PIECE, section.stored_size - position)))
+    if digest.intdigest() != section.digest:
         yield Fault("section-digest", at + 40, f"{label} does not match its digest")
         return
+    try:
+        if section.type in appendices.NAMES:
+            appendices.check(section.type, appendices.read_lines(_decoded(fd, section)), contents)
+        else:
+            for _ in _decoded(fd, section):
+                pass
+    except (FrameError, DocumentError) as error:
+        yield Fault(error.code, section.offset, f"{label}: {error}")
+
+
+def _decoded(fd: int, section: L.Section) -> Iterator[L.Bytes]:
+    """The decoded bytes of an appendix, piece by piece."""
+    source = FileSource(lambda at, size: _read(fd, at, size), section.offset, section.stored_size)
     if section.codec == L.ZSTD:
-        record = L.Record(section.offset, section.stored_size, section.raw_size, section.codec, section.digest)
-        _, fault = records.decode(read_at(fd, section.offset, section.stored_size), record)
-        if fault is not None:
-            yield fault._replace(message=f"{label}: {fault.message}")
+        yield from stream(source, section.raw_size, bytearray(_DECODED))
+        return
+    for position in range(0, section.stored_size, _DECODED):
+        yield source.read(position, _DECODED)
 
 
-def _padding(fd: int, contents: Contents) -> Iterator[Fault]:
-    """Everything that is no section and no record is zero."""
-    spans = [(s.offset, s.stored_size) for s in contents.sections if s.type not in L.DATA_SECTIONS]
-    spans += [(r.offset, r.stored_size) for r in contents.files.values()]
-    spans += [(r.offset, r.stored_size) for _, r in contents.residents.values()]
-    r = contents.experts["record"]
-    spans += list(zip(r["offset"].tolist(), r["stored_size"].tolist(), strict=True))
-    end = contents.head_size
-    for offset, size in sorted(spans):
-        if offset > end and any(read_at(fd, end, offset - end)):
-            yield Fault("padding-nonzero", end, f"padding at {end} is not zero")
-        end = max(end, offset + size)
-    if any(read_at(fd, end, contents.file_size - end)):
-        yield Fault("padding-nonzero", end, f"padding at {end} is not zero")
+def _read(fd: int, offset: int, size: int) -> bytes:
+    data = read_at(fd, offset, size)
+    if len(data) < size:
+        raise Shrunk
+    return data

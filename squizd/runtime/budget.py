@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from ..errors import BudgetError, RequestError
 
-CHUNKS = (2048, 1024, 512, 256, 128, 64, 32, 16)  # tokens that prefill computes at once
-WORKSPACE_SHARE = 1 / 8  # of the budget, before prefill takes smaller chunks
+# Tokens that prefill computes at once, and the share of a budget that their workspace may take. A larger
+# chunk reads each expert fewer times, which matters most where few experts fit.
+CHUNKS = {2048: 1 / 8, 1024: 1 / 8, 512: 1 / 8, 256: 1 / 4, 128: 1 / 4, 64: 1 / 4, 32: 1, 16: 1}
 MACHINE_SHARE = 0.7  # of available memory, when no budget is given
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -63,15 +64,17 @@ class LayerDemand:
 class Workspace:
     """An upper bound of the memory that a forward pass takes besides weights and cache.
 
-    MLX holds copies of the residual stream and of the experts' rows, and, where attention is not fused
-    (CPU), its scores: heads × chunk × context. The factors bound MLX's measured peak on CPU over chunks
-    of 16 to 512 and contexts of 512 to 2048 tokens; one part in five is room for buffers kept for reuse.
+    MLX holds copies of the residual stream and of the experts' rows; on CPU, where attention is not
+    fused, some copies of its scores (heads × chunk × context); and where a model caches latents, keys and
+    values expanded from them. The factors bound MLX's measured peak for qwen3_moe, gpt_oss, deepseek_v3 and
+    nemotron_h on CPU, chunks of 1 to 512, contexts of 512 to 2048. A fifth is for buffers kept for reuse.
     """
 
     hidden: int
     inner: int  # numbers in the widest feed-forward row of a token; a token's experts count together
     top_k: int
     heads: int
+    latent_width: int  # numbers per head and token that are expanded from a cached latent, 0 without
     vocabulary: int
     item_bytes: int
     layers: int
@@ -79,10 +82,11 @@ class Workspace:
     def bytes(self, chunk: int, context: int) -> int:
         """For `chunk` tokens at the end of `context`."""
         row = (12 + 4 * self.top_k) * self.hidden + 6 * self.inner
-        scores = 3 * self.heads * context // 2
+        scores = 7 * self.heads * context // 2
+        expanded = 5 * self.latent_width * self.heads * context // 2
         sampling = 8 * self.vocabulary * 4  # one token's logits, probabilities and their order
         kept = self.layers << 18  # switch.KEPT_BYTES
-        return (chunk * (row + scores) * self.item_bytes + sampling + kept) * 5 // 4
+        return ((chunk * (row + scores) + expanded) * self.item_bytes + sampling + kept) * 5 // 4
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,12 @@ class Budget:
 def make_budget(demand: Demand, context: int, *, memory: int | None, share: float | None, available: int) -> Budget:
     """Spend `memory` bytes, or hold `share` of the experts, or both; with neither, spend 70 % of `available`.
 
-    Prefers a large prefill chunk while its workspace stays below an eighth of the limit, then gives what
-    is left to slots, the same share in every layer. Raises BudgetError with the minimum that would do.
+    Takes the largest prefill chunk whose workspace keeps to its share of the limit (`CHUNKS`), then gives
+    what is left to slots, the same share in every layer. Raises BudgetError with the minimum that would do.
     """
     limit = memory if memory is not None else int(available * (MACHINE_SHARE if share is None else 1))
-    chunks = [chunk for chunk in CHUNKS if chunk < 2 * context] or [CHUNKS[-1]]
-    while len(chunks) > 1 and demand.workspace(chunks[0], context) > limit * WORKSPACE_SHARE:
+    chunks = [chunk for chunk in CHUNKS if chunk < 2 * context] or [min(CHUNKS)]
+    while len(chunks) > 1 and demand.workspace(chunks[0], context) > limit * CHUNKS[chunks[0]]:
         chunks.pop(0)
     most = max((layer.experts for layer in demand.layers), default=1)
     shares = [i / most for i in range(most, -1, -1)] if share is None else [share]

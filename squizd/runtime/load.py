@@ -29,6 +29,7 @@ from .probe import Needs, probe
 from .switch import PagedSwitch
 
 DEFAULT_CONTEXT = 4096
+LEAST_CONTEXT = 256  # tokens; mlx-lm's caches grow by as many
 
 
 class Residency:
@@ -101,7 +102,7 @@ def load(
     staging and workspace together. `resident` ("25%", 0.25) is the share of each layer's experts to hold;
     "0%" is the least that works. With both, `memory` must suffice for that share. With neither, all experts
     are held if they fit in 70 % of the free memory, else that is the budget. `context` defaults to 4096
-    tokens, or to what the model was made for if that is less.
+    tokens, or less where the model was made for less or their cache would take over a quarter of `memory`.
 
     No answer depends on these. Floats are computed in float32 on CPU and as stored elsewhere. Sets MLX's
     process-wide cache limit to a part of the budget.
@@ -111,6 +112,12 @@ def load(
     model = load_model(path, memory=memory, resident=resident, context=context)
     file = state(model).file
     return model, _load_tokenizer(file, file.metadata["model"]["config"])
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> TokenizerWrapper:
+    """The tokenizer of a `.squizd` file, as mlx-lm wraps it, without its model."""
+    with container.open(path) as file:
+        return _load_tokenizer(file, file.metadata["model"]["config"])
 
 
 def load_model(
@@ -130,7 +137,7 @@ def load_model(
     try:
         blueprint = draw(file)
         needs = probe(blueprint, file.metadata["model"]["config"], file.path)
-        tokens = context or min(DEFAULT_CONTEXT, needs.max_context or DEFAULT_CONTEXT)
+        tokens = context or _default_context(needs, limit)
         budget = make_budget(
             _demand(blueprint, needs, file), tokens, memory=limit, share=share, available=device.available_memory()
         )
@@ -146,11 +153,19 @@ def load_model(
     return blueprint.model
 
 
+def _default_context(needs: Needs, limit: int | None) -> int:
+    """Tokens to reserve cache for when nobody said: at most a quarter of the budget."""
+    tokens = min(DEFAULT_CONTEXT, needs.max_context or DEFAULT_CONTEXT)
+    while limit is not None and tokens > LEAST_CONTEXT and 4 * needs.cache_bytes(tokens, LEAST_CONTEXT) > limit:
+        tokens = max(LEAST_CONTEXT, tokens // 2)
+    return tokens
+
+
 def _demand(blueprint: Blueprint, needs: Needs, file: File) -> Demand:
-    experts = [
-        scatter.staging_bytes(file.expert(x.layer.layer, 0).codec, scatter.raw_size)
-        for x in blueprint.layers for scatter in x.scatters.values()
-    ]  # fmt: skip
+    experts = []
+    for x in blueprint.layers:
+        records = [file.expert(x.layer.layer, e) for e in range(x.layer.expert_count)]
+        experts += {x.scatters[r.layout].staging_bytes(r.codec, r.raw_size) for r in records}
     once = [x.scatter.staging_bytes(x.record.codec, x.record.raw_size) for x in blueprint.residents]
     return Demand(
         name=os.path.basename(file.path),

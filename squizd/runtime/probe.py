@@ -112,8 +112,17 @@ def _workspace(blueprint: Blueprint, top_k: tuple[int, ...], config: dict[str, A
     for layer, k in zip(blueprint.layers, top_k, strict=True):
         widths.append(k * max(target.shape[0] for target in layer.targets if target.shape))
     heads = _find(config, "num_attention_heads", "n_head", "n_heads", "num_heads") or max(1, hidden // 64)
-    inner, item_bytes = max(widths, default=hidden), compute_type("bf16").size
-    return Workspace(hidden, inner, max(top_k, default=0), heads, vocabulary, item_bytes, len(top_k))
+    latent = _find(config, "kv_lora_rank") and _find(config, "qk_nope_head_dim") + _find(config, "v_head_dim")
+    return Workspace(
+        hidden=hidden,
+        inner=max(widths, default=hidden),
+        top_k=max(top_k, default=0),
+        heads=heads,
+        latent_width=latent,
+        vocabulary=vocabulary,
+        item_bytes=compute_type("bf16").size,
+        layers=len(top_k),
+    )
 
 
 def _find(config: dict[str, Any], *names: str) -> int:

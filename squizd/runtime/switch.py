@@ -114,7 +114,8 @@ class PagedSwitch(nn.Module):
     ) -> mx.array:
         """More experts than slots: first those that are resident, then the others in groups of half the slots.
 
-        A group is read while the one before is computed. Every expert is read at most once.
+        A group is read while the one before is computed. Every expert is read at most once. (An error leaves
+        computations in flight whose results nobody gets.)
         """
         choices = shape[-1]
         tokens = mx.broadcast_to(x, (*shape[:-1], x.shape[-1])).reshape(-1, x.shape[-1])
@@ -126,24 +127,20 @@ class PagedSwitch(nn.Module):
             groups.insert(0, resident)
         in_flight: list[tuple[Sequence[int], mx.array]] = []
         results, order = [], []
-        try:
-            for group in groups:
-                while in_flight and sum(len(g) for g, _ in in_flight) + len(group) > slots.count:
-                    mx.eval(in_flight[0][1])
-                    del in_flight[0]
-                slots.acquire(group, keep={e for g, _ in in_flight for e in g})
-                wanted = np.zeros(slots.layer.expert_count, np.bool_)
-                wanted[group] = True
-                pairs = np.flatnonzero(wanted[chosen])
-                rows = mx.array(self._rows(slots, group, chosen[pairs]))[:, None]
-                result = self._inner(tokens[mx.array(pairs // choices)], rows)[:, 0]
-                in_flight.append((group, result))
-                mx.async_eval(result)
-                results.append(result)
-                order.append(pairs)
-        except BaseException:
-            mx.eval([result for _, result in in_flight])
-            raise
+        for group in groups:
+            while in_flight and sum(len(g) for g, _ in in_flight) + len(group) > slots.count:
+                mx.eval(in_flight[0][1])
+                del in_flight[0]
+            slots.acquire(group, keep={e for g, _ in in_flight for e in g})
+            wanted = np.zeros(slots.layer.expert_count, np.bool_)
+            wanted[group] = True
+            pairs = np.flatnonzero(wanted[chosen])
+            rows = mx.array(self._rows(slots, group, chosen[pairs]))[:, None]
+            result = self._inner(tokens[mx.array(pairs // choices)], rows)[:, 0]
+            in_flight.append((group, result))
+            mx.async_eval(result)
+            results.append(result)
+            order.append(pairs)
         slots.pager.stats.waves += len(groups) - 1
         place = np.empty(chosen.size, np.uint32)
         place[np.concatenate(order)] = np.arange(chosen.size, dtype=np.uint32)
