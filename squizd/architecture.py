@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _decode_tagged_floats, _get_classes
 
 from .errors import SourceError
 
@@ -21,9 +21,10 @@ def build(config: dict[str, Any], where: str) -> nn.Module:
     """An mlx-lm model with lazy random weights; SourceError, naming `where`, if mlx-lm cannot build it."""
     if "model_file" in config:
         raise SourceError(f"{where} wants to run its own code ({config['model_file']}); squizd never does")
+    config = _decode_tagged_floats(config)  # {"__float__": "Infinity"} is how JSON says infinity
     try:
         model_class, args_class = _get_classes(config)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise SourceError(
             f"{where}: unknown architecture {config.get('model_type')!r}",
             hint="a newer mlx-lm may know it: pip install -U mlx-lm",

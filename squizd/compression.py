@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import infer_quant_config
+from mlx_lm.utils import _encode_tagged_floats, infer_quant_config
 
 from . import __version__, inspection
 from .architecture import build, expert_modules, layer_ids
@@ -281,8 +281,9 @@ def _plan(checkpoint: Checkpoint, job: _Job, recipe: Recipe, quantizer: str, zst
     source: dict[str, Any] = {"files": files}
     if checkpoint.repo:
         source |= {"repo": checkpoint.repo, "revision": checkpoint.revision}
+    config = {key: value for key, value in checkpoint.config.items() if key not in _QUANTIZATION_KEYS}
     metadata: dict[str, Any] = {
-        "model": {"config": {k: v for k, v in checkpoint.config.items() if k not in _QUANTIZATION_KEYS}},
+        "model": {"config": _encode_tagged_floats(config)},
         "recipe": {**recipe.describe(), "quantizer": quantizer},
         "provenance": {"tool": "squizd", "version": __version__, "source": source},
     }

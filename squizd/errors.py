@@ -6,7 +6,7 @@
     ├── FormatError              a file breaks a rule of the spec: `code`, `offset`
     ├── ReadError                bytes that should be there cannot be had
     │   └── ExpertReadError      the same for one expert: `layer`, `expert`, `offset`
-    ├── SourceError              the checkpoint to compress is missing, broken or unknown
+    ├── SourceError              a checkpoint, or the model in a file, is incomplete, broken or unknown
     ├── RecipeError              the asked quantization is impossible or contradicts itself
     ├── OutputError              the result cannot be written: full disk, read-only folder
     ├── BudgetError              the memory budget is too small: `minimum` in bytes
@@ -56,7 +56,7 @@ class ExpertReadError(ReadError):
 
 
 class SourceError(SquizdError):
-    """The checkpoint cannot be used: absent, incomplete, damaged, or of an unknown architecture."""
+    """A checkpoint, or the model in a file, cannot be used: incomplete, damaged, or of an unknown architecture."""
 
 
 class RecipeError(SquizdError):

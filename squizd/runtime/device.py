@@ -13,6 +13,7 @@ from typing import Final
 import mlx.core as mx
 import numpy as np
 
+from ..backend import on_cpu
 from .io import Bytes
 
 _TYPES: Final = {
@@ -20,11 +21,6 @@ _TYPES: Final = {
     "u8": mx.uint8, "i8": mx.int8, "u16": mx.uint16, "i16": mx.int16, "u32": mx.uint32, "i32": mx.int32,
     "u64": mx.uint64, "i64": mx.int64,
 }  # fmt: skip
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on the CPU by default."""
-    return bool(mx.default_device() == mx.Device(mx.cpu, 0))
 
 
 def widened(stored: str) -> str:

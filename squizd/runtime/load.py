@@ -162,7 +162,7 @@ def _default_context(needs: Needs, limit: int | None) -> int:
 
 
 def _demand(blueprint: Blueprint, needs: Needs, file: File) -> Demand:
-    experts = []
+    experts: list[int] = []
     for x in blueprint.layers:
         records = [file.expert(x.layer.layer, e) for e in range(x.layer.expert_count)]
         experts += {x.scatters[r.layout].staging_bytes(r.codec, r.raw_size) for r in records}
