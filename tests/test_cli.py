@@ -364,7 +364,13 @@ def test_too_small_a_budget_names_one_that_works(cli: CommandLine, tiny_file: Ma
 
 @pytest.mark.parametrize(
     "options",
-    [["--memory", "much"], ["--resident", "most"], ["--resident", "120%"], ["--context", "4"], ["-n", "100000"]],
+    [
+        ["--memory", "much"],
+        ["--resident", "most"],
+        ["--resident", "120%"],
+        ["--context", "4"],
+        ["-n", "90", "--context", "90"],
+    ],
 )
 def test_budgets_that_make_no_sense(options: list[str], cli: CommandLine, tiny_file: Make) -> None:
     cli("run", tiny_file(), "-p", PROMPT, *options).failure()

@@ -25,7 +25,10 @@ Lines = Iterator[Document]
 
 def encode_lines(documents: Iterable[Document]) -> bytes:
     """The bytes of an appendix; raises DocumentError if a document cannot be stored."""
-    return b"".join(restricted.encode(document) + b"\n" for document in documents)
+    lines = [restricted.encode(document) for document in documents]
+    if any(len(line) > L.MAX_JSON_SIZE for line in lines):
+        raise DocumentError("appendix-line", f"a line takes more than {L.MAX_JSON_SIZE} bytes")
+    return b"".join(line + b"\n" for line in lines)
 
 
 def read_lines(pieces: Iterable[L.Bytes]) -> Lines:

@@ -140,7 +140,7 @@ def _entries(directory: bytes, head: Head, findings: Findings) -> None:
             bad.append(("section-empty", 16, f"{stored_size} bytes, decoded {raw_size}"))
         if codec not in (L.CODECS if ancillary else (L.RAW,)):
             bad.append(("section-codec", 32, f"codec {codec}"))
-        if ancillary and max(stored_size, raw_size) > L.MAX_RECORD_SIZE:
+        if max(stored_size, raw_size) > _limit(kind):
             bad.append(("section-limit", 16, f"{stored_size} bytes, decoded {raw_size}"))
         if codec == L.RAW and stored_size != raw_size:
             bad.append(("section-size", 24, f"{stored_size} stored, {raw_size} raw"))
@@ -158,6 +158,13 @@ def _entries(directory: bytes, head: Head, findings: Findings) -> None:
         sections.append(s)
     head.sections = tuple(sections)
     findings.close_stage()
+
+
+def _limit(kind: bytes) -> int:
+    """The most bytes that a section of this type may have; indexes have limits of their own."""
+    if kind in (L.META, L.STRS):
+        return L.MAX_JSON_SIZE if kind == L.META else L.MAX_NAMES_SIZE
+    return _U64 if kind in L.CRITICAL_SECTIONS else L.MAX_RECORD_SIZE
 
 
 def _placement(directory_end: int, head: Head, findings: Findings) -> None:

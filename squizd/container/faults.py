@@ -81,7 +81,7 @@ STAGES: Final[dict[str, dict[str, str]]] = {
         "section-unknown-critical": "no section of unknown type is critical",
         "section-empty": "no section is empty, stored or decoded",
         "section-codec": "the section's codec is registered, and raw unless the section is ancillary",
-        "section-limit": "an ancillary section has at most 2^36 bytes, stored and decoded",
+        "section-limit": "META and STRS have at most 2^21 bytes, ancillary sections 2^36, stored and decoded",
         "section-size": "stored and raw size of a section with codec raw are equal",
         "section-ratio": "a section with codec zstd decodes to at most 64 times its stored size",
         "section-reserved": "reserved bytes of a directory entry are zero",
@@ -105,12 +105,10 @@ STAGES: Final[dict[str, dict[str, str]]] = {
         "section-digest": "a section's digest is the XXH64 of its stored bytes",
     },
     "index sizes": {
-        "names-size": "STRS has at most 2^21 bytes",
         "index-size": "an index is a whole number of entries",
         "index-count": "an index has no more entries than the limits allow",
     },
     "metadata": {
-        "json-size": "a document has at most 2^21 bytes",
         "json-utf8": "a document is UTF-8 without byte order mark",
         "json-tokens": "a document has at most 2^17 commas and opening brackets",
         "json-depth": "a document nests at most 32 deep",

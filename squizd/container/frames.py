@@ -17,6 +17,8 @@ from .layout import MAX_ZSTD_WINDOW, ZSTD_BLOCK_SIZE, Bytes
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 _CHECKSUM_SIZE = 4
+_CHECKSUM_FLAG = 4
+_DESCRIPTOR_AT = 4
 _LONGEST_HEADER = 18
 
 
@@ -65,7 +67,7 @@ def read_header(start: Bytes, raw_size: int) -> FrameHeader:
         raise FrameError("zstd-skippable", "a skippable frame")
     if data[:4] != MAGIC:
         raise FrameError("zstd-magic", "not a zstd frame")
-    descriptor = data[4] if len(data) > 4 else 0
+    descriptor = data[_DESCRIPTOR_AT] if len(data) > _DESCRIPTOR_AT else 0
     single, size_flag, dictionary_flag = descriptor >> 5 & 1, descriptor >> 6, descriptor & 3
     size_at = 5 + (not single) + (0, 1, 2, 4)[dictionary_flag]
     size_bytes = (single, 2, 4, 8)[size_flag]
@@ -78,7 +80,7 @@ def read_header(start: Bytes, raw_size: int) -> FrameHeader:
         raise FrameError("zstd-size-mismatch", f"the frame states {content_size} bytes, the index {raw_size}")
     if dictionary_flag:
         raise FrameError("zstd-dictionary", "the frame names a dictionary")
-    if not descriptor & 4:
+    if not descriptor & _CHECKSUM_FLAG:
         raise FrameError("zstd-checksum-missing", "the frame has no checksum")
     if single:
         window = content_size
@@ -126,8 +128,8 @@ def check(source: Source, raw_size: int) -> FrameHeader:
     return header
 
 
-class _Content:
-    """What zstandard reads: the frame without its checksum, whose absence it does not mind."""
+class _Unchecked:
+    """What zstandard reads: the frame as if it had no checksum. `stream` compares it, to tell which rule is broken."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._at = source, 0
@@ -135,6 +137,10 @@ class _Content:
     def read(self, size: int) -> bytes:
         size = min(size, self._source.size - _CHECKSUM_SIZE - self._at)
         data = bytes(self._source.read(self._at, size))
+        if self._at <= _DESCRIPTOR_AT < self._at + len(data):
+            patched = bytearray(data)
+            patched[_DESCRIPTOR_AT - self._at] &= ~_CHECKSUM_FLAG
+            data = bytes(patched)
         self._at += len(data)
         return data
 
@@ -146,7 +152,7 @@ def stream(source: Source, raw_size: int, buffer: bytearray | memoryview) -> Ite
     """
     check(source, raw_size)
     digest, done, view = xxhash.xxh64(), 0, memoryview(buffer)
-    content: Any = _Content(source)
+    content: Any = _Unchecked(source)
     reader = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW).stream_reader(content)
     while True:
         filled = 0

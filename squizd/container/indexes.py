@@ -32,8 +32,6 @@ def check_sizes(head: Head, findings: Findings) -> None:
             if count > limit:
                 findings.add("index-count", at, f"{kind.decode()}: {count} entries, at most {limit}")
 
-    if len(head.section(L.STRS)) > L.MAX_NAMES_SIZE:
-        findings.add("names-size", head.by_type[L.STRS].offset, f"STRS has {len(head.section(L.STRS))} bytes")
     for kind, entry, limit in _INDEXES:
         if kind not in head.by_type:
             continue

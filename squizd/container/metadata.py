@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from . import restricted
-from .layout import MAX_FILE_NAME_LENGTH, Bytes
+from .layout import MAX_FILE_NAME_LENGTH, MAX_JSON_SIZE, Bytes
 from .restricted import DocumentError
 
 MetadataError = DocumentError
@@ -22,6 +22,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def encode(metadata: dict[str, Any]) -> bytes:
     """Canonical bytes of `metadata`; raises MetadataError if a reader would reject them."""
     data = restricted.encode(metadata)
+    if len(data) > MAX_JSON_SIZE:
+        raise MetadataError("section-limit", f"metadata takes {len(data)} bytes, at most {MAX_JSON_SIZE}")
     decode(data)
     return data
 

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from .layout import MAX_JSON_DEPTH, MAX_JSON_SIZE, MAX_JSON_TOKENS, MAX_SAFE_INTEGER, Bytes
+from .layout import MAX_JSON_DEPTH, MAX_JSON_TOKENS, MAX_SAFE_INTEGER, Bytes
 
 _STRING = re.compile(rb'"[^"]*"?')  # once escapes are gone; an open string reaches to the end
 _BRACKET = re.compile(rb"[\[\]{}]")
@@ -40,9 +40,10 @@ def encode(value: Any) -> bytes:
 
 
 def decode(data: Bytes) -> Any:
-    """The value of one document; raises DocumentError for the first broken rule, in the order of the spec."""
-    if len(data) > MAX_JSON_SIZE:
-        raise DocumentError("json-size", f"the document has {len(data)} bytes")
+    """The value of one document of at most MAX_JSON_SIZE bytes, which is the caller's to check.
+
+    Raises DocumentError for the first broken rule, in the order of the spec.
+    """
     data = bytes(data)
     try:
         text = data.decode("utf-8")
