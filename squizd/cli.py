@@ -299,15 +299,31 @@ def validate(file: str, deep: bool, as_json: bool) -> int:
 
 @main.command()
 @click.argument("file", type=click.Path())
+@click.option("--expert", metavar="LAYER:EXPERT", help="Show one expert's tensors, with statistics of their values.")
+@click.option("--tensor", metavar="NAME", help="Show one resident tensor, with statistics of its values.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(file: str, as_json: bool) -> None:
+def inspect(file: str, expert: str | None, tensor: str | None, as_json: bool) -> None:
     """Show what is inside FILE: sections, sizes by role, bits per weight, recipe, provenance.
 
-    Example: squizd inspect qwen3.squizd
+    Example: squizd inspect qwen3.squizd --expert 0:17
     """
     from .container import open as open_file
-    from .inspection import describe
+    from .inspection import describe, describe_expert, describe_tensor
 
+    if expert is not None or tensor is not None:
+        with open_file(file) as f:
+            found = describe_tensor(f, tensor) if tensor is not None else []
+            if expert is not None:
+                layer, separator, number = expert.partition(":")
+                if not (separator and layer.isdecimal() and number.isdecimal()):
+                    raise RequestError(f"{expert!r} is not LAYER:EXPERT", hint="for example --expert 0:17")
+                found += describe_expert(f, int(layer), int(number))
+        if as_json:
+            click.echo(json.dumps(found))
+            return
+        for t in found:
+            _echo_tensor(t)
+        return
     with open_file(file) as f:
         facts = describe(f)
     if as_json:
@@ -324,8 +340,54 @@ def inspect(file: str, as_json: bool) -> None:
     click.echo(f"files     {', '.join(facts['files']) or 'none'}")
 
 
+def _echo_tensor(t: dict[str, Any]) -> None:
+    shape, record = "x".join(map(str, t["shape"])), t["record"]
+    click.echo(f"{t['name']}  {t['role']}, {t['encoding']}, {shape}, {_size(t['bytes'])}")
+    click.echo(f"    record at {record['offset']}, {record['stored_size']} bytes, xxh64 {record['digest']}")
+    values = ", ".join(f"{key} {t[key]:.6g}" for key in ("min", "max", "mean", "std"))
+    click.echo(f"    {values}, zeros {t['zeros']:.1%}")
+
+
 def _role_line(role: str, facts: dict[str, Any]) -> str:
     return f"{role} {facts['parameters'] / 1e6:,.1f} M at {facts['bits_per_weight']:.2f}"
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
+@click.option("--codec", type=click.Choice(["raw", "zstd"]), help="How to store records.  [default: as they are]")
+@click.option("--drop", multiple=True, metavar="TYPE", help="Leave out an appendix, as PROF.")
+@click.option(
+    "--add", multiple=True, metavar="TYPE=PATH", help="Add or replace an appendix from a file, as PROF=profile.jsonl."
+)
+@click.option("--force", is_flag=True, help="Replace an existing output file.")
+def repack(file: str, output: str, codec: str | None, drop: tuple[str, ...], add: tuple[str, ...], force: bool) -> None:
+    """Write FILE again: records raw or zstd, appendices added or left out, values untouched.
+
+    Example: squizd repack qwen3.squizd -o qwen3-small.squizd --codec zstd
+    """
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from .repack import repack as run_repack
+
+    contents = {}
+    for text in add:
+        kind, separator, path = text.partition("=")
+        if not separator:
+            raise RequestError(f"{text!r} is not TYPE=PATH", hint="for example --add PROF=profile.jsonl")
+        contents[kind] = Path(path).read_bytes()
+    with tqdm(unit="B", unit_scale=True, desc="repack", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        run_repack(file, output, codec=codec, drop=drop, add=contents, force=force, progress=progress)
+    click.echo(
+        f"{file}: {_size(os.path.getsize(file))} -> {output}: {_size(os.path.getsize(output))}, payload unchanged"
+    )
 
 
 # -- shared ------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
-"""What is inside a file, in numbers: sizes by role, bits per weight. Reads the head only."""
+"""What is inside a file, in numbers: sizes by role, bits per weight, and the values of one tensor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from .codecs import decode
 from .container import File
-from .container.layout import RAW
+from .container.layout import CODECS, RAW, Record, Tensor
+from .errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,17 @@ def describe(file: File) -> dict[str, Any]:
         },
         "record_alignment": file.record_alignment,
         "head_size": file.head_size,
+        "content_flags": file.content_flags,
         "sections": [
-            {"type": s.type.decode(), "offset": s.offset, "stored_size": s.stored_size, "critical": s.critical}
+            {
+                "type": s.type.decode(),
+                "offset": s.offset,
+                "stored_size": s.stored_size,
+                "raw_size": s.raw_size,
+                "codec": CODECS[s.codec],
+                "critical": s.critical,
+                "digest": f"{s.digest:016x}",
+            }
             for s in file.sections
         ],
         "recipe": file.metadata["recipe"],
@@ -75,3 +88,39 @@ def describe(file: File) -> dict[str, Any]:
         "licence": file.metadata.get("licence", ""),
         "files": {name: record.raw_size for name, record in file.files.items()},
     }
+
+
+def describe_tensor(file: File, name: str) -> list[dict[str, Any]]:
+    """A resident tensor: encoding, shape, place, and statistics of its decoded values. Reads its record."""
+    if name not in file.residents:
+        raise RequestError(f"{file.path} has no resident tensor {name}", hint="--expert L:E shows an expert's tensors")
+    tensor, record = file.residents[name]
+    return [_facts(tensor, record, file.read(record, name))]
+
+
+def describe_expert(file: File, layer: int, expert: int) -> list[dict[str, Any]]:
+    """The same for every tensor of one expert."""
+    record = file.expert(layer, expert)
+    raw = file.read_expert(layer, expert)
+    return [_facts(tensor, record, raw) for tensor in file.layouts[record.layout].tensors]
+
+
+def _facts(tensor: Tensor, record: Record, raw: memoryview) -> dict[str, Any]:
+    values = decode(tensor, raw).astype(np.float64)
+    return {
+        "name": tensor.name,
+        "role": tensor.role,
+        "encoding": str(tensor.encoding),
+        "shape": list(tensor.shape),
+        "parameters": tensor.parameters,
+        "bytes": tensor.weight_bytes,
+        "record": {
+            "offset": record.offset, "stored_size": record.stored_size, "raw_size": record.raw_size,
+            "codec": CODECS[record.codec], "digest": f"{record.digest:016x}",
+        },
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "zeros": float((values == 0).mean()),
+    }  # fmt: skip

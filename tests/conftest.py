@@ -73,7 +73,7 @@ def start(*args: str | Path, env: Mapping[str, str] | None = None, **options: An
     return subprocess.Popen([*COMMAND, *map(str, args)], text=True, env=env or environment(), **options)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60) -> Outcome:
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:
     """Wait for a started command."""
     try:
         out, err = process.communicate(timeout=timeout)

@@ -10,7 +10,8 @@ What the client asks, in this order (huggingface_hub 2.4, seen on the wire):
 
 Errors are a status and X-Error-Code: 401 RepoNotFound, 401 GatedRepo, 404 RevisionNotFound, 404 EntryNotFound;
 a bearer token that nobody was given is a 401 with X-Error-Message alone.
-No answer carries an X-Xet-Hash, so the client downloads over plain HTTP.
+No answer carries an X-Xet-Hash, so the client downloads over plain HTTP. Its other questions (/api/agent-harnesses)
+get a 404, which it takes well.
 """
 
 from __future__ import annotations

@@ -494,7 +494,7 @@ def without_mlx(code: str, *args: str | Path) -> Outcome:
         capture_output=True,
         text=True,
         env=CommandLine.environment(),
-        timeout=60,
+        timeout=120,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -23,11 +23,12 @@ ALLOWED = {
     "architecture": set(),
     "checkpoint": set(),
     "recipe": {"container"},
-    "inspection": {"container"},
+    "inspection": {"codecs", "container"},
+    "repack": {"container"},
     "compression": {"architecture", "checkpoint", "container", "inspection", "quantizers", "recipe"},
     "runtime": {"architecture", "backend", "container"},
     "generation": {"runtime"},
-    "cli": {"backend", "compression", "container", "generation", "inspection", "runtime"},
+    "cli": {"backend", "compression", "container", "generation", "inspection", "repack", "runtime"},
 }
 
 

@@ -259,7 +259,7 @@ def unnoticed_flips(path: Path, data: bytes, bits: Any) -> list[int]:
 
 
 if __name__ == "__main__":
-    for vector in FACTS:
+    for vector in sorted(FACTS, key=lambda n: FACTS[n]["size"]):
         content = (VALID / f"{vector}.squizd").read_bytes()
         target = Path(sys.argv[1] if len(sys.argv) > 1 else "/tmp") / f"flips-{vector}.squizd"
         missed = unnoticed_flips(target, content, range(len(content) * 8))

@@ -83,11 +83,16 @@ def check_records(fd: int, contents: Contents, progress: Progress) -> list[Found
             failures.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(THREADS - 1)]
-    for thread in threads:
-        thread.start()
-    work()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        work()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # an interrupt while waiting: the descriptor must outlive the threads
+        failures.append(error)
+        for thread in threads:
+            thread.join()
     if failures:
         raise failures[0]
     found.sort(key=lambda pair: pair[0])

@@ -17,6 +17,7 @@ from math import ldexp, prod
 from mmap import ACCESS_READ, mmap
 from tempfile import TemporaryFile
 from typing import Any
+
 try:
     from compression import zstd  # Python 3.14 and later
 except ImportError:
@@ -33,6 +34,8 @@ INFINITY = (0, 0x7F800000, 0x7C00, 0x7F80)  # of f32, f16, bf16; the largest fin
 TOP_SCALE = {2: (0, 252, 140, 252), 3: (0, 246, 134, 246), 4: (0, 255, 255, 255)}
 E2M1 = [sign * x for sign in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
 E4M3 = [(-1.0 if c & 128 else 1.0) * ldexp((c & 7) + 8 * (c & 120 > 0), max(c >> 3 & 15, 1) - 10) for c in range(256)]
+NANS = {2: ((1, "e8m0-nan", b"\xff"),), 3: ((1, "e8m0-nan", b"\xff"), (0, "e4m3-nan", b"\x7f\xff")),
+        4: ((1, "e4m3-nan", b"\x7f\xff"),)}  # of a mode: part, code, bytes that are not numbers
 MICROSCALING = ((2, 4, 32), (3, 8, 32), (4, 4, 16))  # mode, bits, group size
 RANKS = {"gate_proj": 0, "up_proj": 1, "down_proj": 2, "fc1": 0, "fc2": 1}
 BARE = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
@@ -159,8 +162,8 @@ def unzstd(data: Any, at: int, raw_size: int) -> Any:
     blocks = block = 0
     while not block & 1:
         block, blocks = little(data[i : i + 3]), blocks + 1
-        check(at + i, zstd_truncated=i + 3 <= size, zstd_block=block >> 1 & 3 < 3 and block >> 3 <= min(window, 1 << 17),
-              zstd_blocks=blocks <= 16 + size // 64)
+        check(at + i, zstd_truncated=i + 3 <= size,
+              zstd_block=block >> 1 & 3 < 3 and block >> 3 <= min(window, 1 << 17), zstd_blocks=blocks <= 16 + size // 64)
         i += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
     check(at + i, zstd_truncated=i + 4 <= size, zstd_trailing=i + 4 == size)
     if zstd is None:
@@ -215,7 +218,7 @@ class File:
             raise OSError("not a file")
         with open(path, "rb") as file:
             self.data = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ) if os.path.getsize(path) else b"")
-        h, actual, self.skipped, self.names, self.names_end = bytes(self.data[:256]), len(self.data), False, {}, 0
+        h, actual, self.skipped, self.names, self.names_end = bytes(self.data[:256]), len(self.data), False, dict[Any, str](), 0
         check(0, file_empty=h, bad_magic=h[:4] == b"SQZD"[: len(h)], file_short=len(h) == 256,
               text_mode_damage=h[4:8] == b"\r\n\x1a\n", version_zero=any(h[8:10]),
               version_byte_swapped=h[8:10] != b"\0\1", version_future=h[8:10] == b"\1\0",
@@ -234,10 +237,11 @@ class File:
             limit = 1 << (21 if name in ("META", "STRS") else 64 if main else 36)
             check(at, section_type=re.fullmatch("[A-Za-z0-9]{4}", name), section_flags=flags < 2,
                   section_critical_flag=name not in APPENDICES and not main or flags == main,
-                  section_unknown_critical=main or not flags, section_empty=stored and raw, section_codec=codec < 2 - main,
-                  section_limit=max(stored, raw) <= limit, section_size=codec or stored == raw,
+                  section_unknown_critical=main or not flags, section_empty=stored and raw,
+                  section_codec=codec < 2 - main, section_limit=max(stored, raw) <= limit, section_size=codec or stored == raw,
                   section_ratio=not codec or raw <= 64 * stored, section_reserved=not any(zero + zeros),
-                  data_section_digest=name not in ORDER[7:] or not digest, section_duplicate=name not in self.sections)
+                  data_section_digest=name not in ORDER[7:] or not digest,
+                  section_duplicate=name not in self.sections)
             self.sections[name] = Section(at, name, offset, stored, raw, codec, digest, offset + stored)
         for names in ({"META"}, {"STRS"}, {"TENS"}, {"RESD"}):
             check(256, section_missing=names <= self.sections.keys())
@@ -247,8 +251,8 @@ class File:
         for s in self.sections.values():
             least, unit = rank, self.align if s.name == "SHRD" else 64
             rank = ORDER.index(s.name) if s.name in ORDER else 10
-            check(s.at, section_order=rank >= least, section_wraps=s.end < 1 << 64, section_over_header=s.offset >= first,
-                  section_overlap=s.offset >= end, section_unaligned=s.offset % unit == 0,
+            check(s.at, section_order=rank >= least, section_wraps=s.end < 1 << 64,
+                  section_over_header=s.offset >= first, section_overlap=s.offset >= end, section_unaligned=s.offset % unit == 0,
                   section_gap=s.offset == align(end, unit), section_range=s.end <= actual)
             end = s.end
         head = [s for s in self.sections.values() if s.name in ORDER[:7]]
@@ -260,8 +264,9 @@ class File:
             if s := self.sections.get(name):
                 check(s.offset, index_size=s.stored % size == 0 and (name != "LAYT" or s.stored >= 8))
                 layouts, tensors = struct.unpack_from("<II", self.data, s.offset)
-                check(s.offset, index_size=name != "LAYT" or s.stored == 8 + 16 * layouts + 96 * tensors,
-                      index_count=s.stored // size <= most and (name != "LAYT" or layouts <= 1 << 10 and tensors <= 1 << 13))
+                fits_counts, few = s.stored == 8 + 16 * layouts + 96 * tensors, layouts <= 1 << 10 and tensors <= 1 << 13
+                check(s.offset, index_size=name != "LAYT" or fits_counts,
+                      index_count=s.stored // size <= most and (name != "LAYT" or few))
         s = self.sections["META"]
         self.metadata = m = document(self.data[s.offset : s.end], s.offset)
         check(s.offset, metadata_type=fits(m, METADATA))
@@ -295,7 +300,8 @@ class File:
         if key not in self.names:
             self.names_end += length
             text = str(self.data[s.offset + offset : s.offset + offset + length], "utf-8", "surrogateescape")
-            check(at, name_utf8=not re.search("[\ud800-\udfff]", text), name_control=not re.search("[\0-\x1f\x7f-\x9f]", text))
+            check(at, name_utf8=not re.search("[\ud800-\udfff]", text),
+                  name_control=not re.search("[\0-\x1f\x7f-\x9f]", text))
             self.names[key] = text
         return self.names[key]
 
@@ -318,12 +324,12 @@ class File:
         check(at, name_duplicate=name not in taken)
         return Tensor(name, role, mode, dtype, bits, group, shape, parts), end
 
-    def record(self, at: int, fields: Any, end: int, raw: int | None, known: bool = False, zero: bytes = b"") -> Any:
+    def record(self, at: int, fields: Any, end: int, raw: Any, known: bool | None = None, zero: bytes = b"") -> Any:
         """Check a record (10) that starts at end; return it."""
         r = Record(*fields)
         check(at, record_offset=r.offset == end, record_codec=r.codec < 2, record_limit=max(r.stored, r.raw) <= 1 << 36,
               record_empty=r.stored and r.raw, record_size=r.codec or r.stored == r.raw,
-              record_ratio=not r.codec or r.raw <= 64 * r.stored, record_layout=known or not r.layout,
+              record_ratio=not r.codec or r.raw <= 64 * r.stored, record_layout=r.layout == 0 if known is None else known,
               index_reserved=not any(r.reserved + zero), record_raw_size=raw in (None, r.raw))
         return r
 
@@ -334,10 +340,10 @@ class File:
             end = self.sections[data].offset if data in self.sections else 0
             for at, fields in self.index(index, "IH2s" + RECORD if index == "FILE" else TENSOR + RECORD):
                 if index == "FILE":
-                    name, zero, raw = self.name(at, *fields[:2]), fields[2], None
+                    name, zero = self.name(at, *fields[:2]), fields[2]
                     check(at, file_name=BARE.fullmatch(name),
                           name_duplicate=name.lower() not in map(str.lower, self.files))
-                    self.files[name] = r = self.record(at, fields[3:], align(end), None, zero=zero)
+                    self.files[name] = r = self.record(at, fields[3:], align(end), None, None, zero)
                 else:
                     tensor, raw = self.tensor(at, fields[:18], 0, self.tensors, False)
                     r = self.record(at, fields[18:], align(end), raw)
@@ -349,12 +355,13 @@ class File:
             start, taken = s.offset + 8 + 16 * count, 0
             for at, (first, number, raw) in self.rows(s.offset + 8, start, "IIQ"):
                 check(at, layout_range=first == taken and first + number <= total, layout_empty=number)
-                names, modules, top, end = {}, set(), -1, 0
+                names, modules, top, end = dict[str, Any](), set(), -1, 0
                 for place, fields in self.rows(start + 96 * first, start + 96 * (first + number), TENSOR):
                     tensor, end = self.tensor(place, fields, end, names, True)
                     module, _, rest = tensor.name.partition(".")
                     rank = RANKS.get(module)
-                    check(place, layout_order=rank is None or rank >= top and (rest != "weight" or module not in modules))
+                    late = rest == "weight" and module in modules
+                    check(place, layout_order=rank is None or rank >= top and not late)
                     names[tensor.name], top = tensor, top if rank is None else rank
                     modules.add(module)
                 check(at, layout_raw_size=raw == end)
@@ -380,8 +387,9 @@ class File:
         form = "II" + RECORD
         for i, (at, (layer, expert, *_)) in enumerate(self.index("EXPI", form)):
             key = layer, expert
-            check(at, expert_layer=layer in counts, expert_range=expert < counts.get(layer, 0), expert_duplicate=key > last
-                  or key not in (fields[:2] for _, fields in islice(self.index("EXPI", form), i)), expert_unsorted=key > last)
+            check(at, expert_layer=layer in counts, expert_range=expert < counts.get(layer, 0),
+                  expert_duplicate=key > last or key not in (x[:2] for _, x in islice(self.index("EXPI", form), i)),
+                  expert_unsorted=key > last)
             last = key
         end = self.sections["SHRD"].offset if s else 0
         check(s.offset if s else 0, expert_missing=not s or s.stored // 48 == sum(counts.values()))
@@ -392,7 +400,7 @@ class File:
         check(end, record_range=not s or end == self.sections["SHRD"].end)
         kinds = {(t.mode, t.bits) for t, _ in self.tensors.values()}
         kinds |= {(t.mode, t.bits) for _, layout in self.layouts for t in layout.values()}
-        bits = [name in self.sections for name in ("ASTC", "TCA_TBE")] + [(1, n) in kinds for n in (4, 3, 2)]
+        bits = ["ASTC" in self.sections, False] + [(1, n) in kinds for n in (4, 3, 2)]
         bits += [name in self.sections for name in ("SPRS", "ANEC", "DRFT")] + [(2, 4) in kinds]
         check(64, content_flags=self.flags == sum(bit << i for i, bit in enumerate(bits)))
 
@@ -415,17 +423,18 @@ class File:
             check(r.offset + end, padding_nonzero=not any(raw[end:offset]))
             end = offset + size
         for t in tensors if raw else ():
-            parts, worst = [raw[offset : offset + size] for offset, size in t.parts], []
+            parts, tops = [raw[offset : offset + size] for offset, size in t.parts], []
+            form, mask = ("<I", 0x7FFFFFFF) if t.dtype == 1 else ("<H", 0x7FFF)
             for part, code in ((1, "scale-not-finite"), (2, "bias-not-finite")) if t.mode == 1 else ():
-                form, sign = ("<I", 31) if t.dtype == 1 else ("<H", 15)
-                top = max(word & (1 << sign) - 1 for (word,) in struct.iter_unpack(form, parts[part]))
+                top = max(word & mask for (word,) in struct.iter_unpack(form, parts[part]))
                 check(r.offset, **{code: top < INFINITY[t.dtype]})
-                worst.append(numbers(struct.pack(form, top), t.dtype)[0])
-            for part, code, wrong in NANS.get(t.mode, ()):
-                check(r.offset, **{code: not any(byte in parts[part] for byte in wrong)})
-            limit = numbers(struct.pack("<IHH"[0] + "-IHH"[t.dtype], INFINITY[t.dtype] - 1), t.dtype)[0] if worst else 0
-            check(r.offset, value_overflow=worst[0] * ((1 << t.bits) - 1) + worst[1] <= limit if worst else
-                  t.mode == 0 or max(parts[1]) <= TOP_SCALE[t.mode][t.dtype])
+                tops.append(numbers(struct.pack(form, top), t.dtype)[0])
+            if t.mode == 1:
+                (largest,) = numbers(struct.pack(form, INFINITY[t.dtype] - 1), t.dtype)
+                check(r.offset, value_overflow=tops[0] * ((1 << t.bits) - 1) + tops[1] <= largest)
+            elif t.mode:
+                rules = {code: not any(x in parts[part] for x in wrong) for part, code, wrong in NANS[t.mode]}
+                check(r.offset, **rules, value_overflow=max(parts[1]) <= TOP_SCALE[t.mode][t.dtype])
         return raw
 
     def deep(self) -> None:
@@ -454,11 +463,10 @@ class File:
         """Return the documents of an appendix."""
         start = 0
         while start < len(raw):
-            line = bytes(raw[start : start + (1 << 21) + 1])
-            stop = line.find(b"\n")
+            stop = next((i for i in range(start, min(start + (1 << 21) + 1, len(raw))) if raw[i] == 10), -1)
             check(at, appendix_line=stop >= 0)
-            yield document(line[:stop], at)
-            start += stop + 1
+            yield document(raw[start:stop], at)
+            start = stop + 1
 
     def appendix(self, kind: str, lines: Iterator[Any], at: int) -> None:
         """Check the lines of a profile, sparsity or draft head (17)."""
@@ -478,7 +486,8 @@ class File:
             if not ours:
                 continue
             check(at, **{kind + "_type": fits(line, LINES[kind])})
-            m, values = next(modules, None), line["counts" if kind == "profile" else "experts"]
+            m: Any = next(modules, None)
+            values = line["counts" if kind == "profile" else "experts"]
             check(at, **{kind + "_layers": m and line["layer"] == m.layer and len(values) == m.count and
                          len(line.get("gate_mass", values)) == m.count})
             if kind == "profile":
@@ -490,12 +499,13 @@ class File:
                 continue
             width, records = line["width"], [self.expert(m.first + i) for i in range(m.count)]
             for r in records:
-                t = [t for name, t in self.layouts[r.layout][1].items() if name in ("up_proj.weight", "fc1.weight")]
-                check(at, sparsity_width=not t or t[0].shape[0] == width)
+                layout = self.layouts[r.layout][1]
+                up = layout.get("up_proj.weight") or layout.get("fc1.weight")
+                check(at, sparsity_width=not up or up.shape[0] == width)
             for e, r in zip(values, records):
                 edges, bars, c = e["boundaries"], e["histogram"], e["clusters"]
-                check(at, sparsity_clusters=1 <= c <= width, sparsity_boundaries=len(edges) == c + 1 and edges[0] == 0 and
-                      edges[-1] == width and all(a < b for a, b in pairwise(edges)),
+                check(at, sparsity_clusters=1 <= c <= width, sparsity_boundaries=len(edges) == c + 1 and
+                      edges[:1] == [0] and edges[-1] == width and all(a < b for a, b in pairwise(edges)),
                       sparsity_histogram=len(bars) == c and all(0 <= x <= 1 for x in bars),
                       sparsity_digest=e["digest"] == f"{r.digest:016x}")
         check(at, **{kind + "_layers": not ours or kind == "draft" or next(modules, None) is None})
@@ -511,7 +521,8 @@ def show(f: File) -> None:
     for m in f.modules:
         print(f"layer {m.layer} experts={m.count} path={m.path!a}")
         for x in range(m.count):
-            print(f"expert {m.layer} {x}", *(f"{k}={v}" for k, v in f.expert(m.first + x)._asdict().items() if k[:3] != "res"))
+            r = f.expert(m.first + x)
+            print(f"expert {m.layer} {x} layout={r.layout} codec={r.codec} offset={r.offset} stored={r.stored} raw={r.raw}")
     for name, r in f.files.items():
         print(f"file {name} offset={r.offset} stored={r.stored} raw={r.raw}")
 
@@ -562,10 +573,10 @@ def run(command: str, path: str, *rest: str) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    command, arguments = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
-    if len(arguments) != {"list": 1, "tensor": 2, "expert": 3}.get(command, max(len(arguments), 1)) or \
-            command not in ("list", "verify", "tensor", "expert"):
-        sys.exit(__doc__) if not print(__doc__, file=sys.stderr) else None
-    if command == "verify":
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "verify" and arguments:
         sys.exit(max(run(command, path) for path in arguments))
-    sys.exit(run(command, *arguments))
+    if (command, len(arguments)) in (("list", 1), ("tensor", 2), ("expert", 3)):
+        sys.exit(run(command, *arguments))
+    print(__doc__, file=sys.stderr)
+    sys.exit(2)
