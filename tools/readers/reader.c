@@ -41,7 +41,13 @@ enum { F32 = 1, F16, BF16, ROLE_EXPERT = 5, ROLE_DRAFT = 9 };
 
 typedef struct { const uint8_t *p; size_t n; } Bytes;
 typedef struct { Bytes s; size_t id; } Entry; /* for sorting */
-typedef struct { int type; uint32_t flags; uint64_t offset, stored, raw, digest; unsigned codec; char name[5]; } Section;
+typedef struct {
+    int type;
+    uint32_t flags;
+    uint64_t offset, stored, raw, digest;
+    unsigned codec;
+    char name[5];
+} Section;
 typedef struct { uint64_t offset, stored, raw, digest; unsigned codec, layout; } Record;
 typedef struct { uint32_t first, count; uint64_t raw; } Layout;
 typedef struct { uint32_t layer, experts; Bytes path; } Module;
@@ -196,7 +202,8 @@ static uint32_t rotr(uint32_t x, int r) { return x >> r | x << (32 - r); }
 
 static void sha_block(uint32_t *h, const uint8_t *p) {
     uint32_t w[64], v[8];
-    for (int i = 0; i < 16; i++, p += 4) w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
+    for (int i = 0; i < 16; i++, p += 4)
+        w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
     for (int i = 16; i < 64; i++)
         w[i] = w[i - 16] + (rotr(w[i - 15], 7) ^ rotr(w[i - 15], 18) ^ w[i - 15] >> 3) + w[i - 7] +
                (rotr(w[i - 2], 17) ^ rotr(w[i - 2], 19) ^ w[i - 2] >> 10);
@@ -213,7 +220,10 @@ static void sha_block(uint32_t *h, const uint8_t *p) {
 }
 
 static void sha_start(Sha *s) {
-    *s = (Sha){{0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}, {0}, 0};
+    static const uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                  0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    memcpy(s->h, h, sizeof h);
+    s->total = 0;
 }
 
 static void sha_add(Sha *s, const uint8_t *p, size_t n) {
@@ -389,10 +399,10 @@ static void put_utf8(Document *d, uint32_t c) { /* surrogates too, so that keys 
 static int64_t hex4(const uint8_t *p) { /* -1 if these are not four hexadecimal digits */
     int64_t x = 0;
     for (int i = 0; i < 4; i++) {
-        int c = p[i];
-        int v = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (v < 0) return -1;
-        x = x << 4 | v;
+        static const char all[] = "0123456789abcdef0123456789ABCDEF";
+        const char *digit = p[i] ? strchr(all, p[i]) : NULL;
+        if (!digit) return -1;
+        x = x << 4 | ((digit - all) & 15);
     }
     return x;
 }
@@ -1352,7 +1362,8 @@ static void scan_part(Scan *s, const uint8_t *p, uint64_t n) {
 }
 
 static void scan_tensor_end(Scan *s) {
-    static const char *const codes[] = {"scale-not-finite", "bias-not-finite", "e8m0-nan", "e4m3-nan", "value-overflow"};
+    static const char *const codes[] = {"scale-not-finite", "bias-not-finite", "e8m0-nan", "e4m3-nan",
+                                        "value-overflow"};
     double most = s->t.dtype == F16 ? 65504 : s->t.dtype == BF16 ? (2 - pow2(-7)) * pow2(127) : FLT_MAX;
     if (s->t.mode == AFFINE && s->top[1] * ((1 << s->t.bits) - 1) + s->top[2] > most) s->bad |= OVERFLOWS;
     for (int i = 0; i < 5 && !s->fault; i++)
@@ -1456,7 +1467,8 @@ static void check_profile_line(Reader *r, Appendix *a, const Node *root) {
     const Node *pairs = member(r, root, "coactivation") ? array(r, root, "coactivation", T_ARRAY, code) : NULL;
     for (const Node *p = pairs ? first(r, pairs) : NULL; p; p = next(r, p)) {
         need(r, p->count == 3, code, document_place(r, p->at));
-        for (const Node *m = first(r, p); m; m = next(r, m)) need(r, has_type(m, T_INTEGER), code, document_place(r, m->at));
+        for (const Node *m = first(r, p); m; m = next(r, m))
+            need(r, has_type(m, T_INTEGER), code, document_place(r, m->at));
     }
     Module m = {0};
     if (a->module < r->n[MOEL]) m = module_at(r, a->module);
@@ -1669,8 +1681,8 @@ static void list_sections(Reader *r) {
         printf("set member %" PRId64 " of %" PRId64 ": this program reads no sets\n", r->set_index, r->set_count);
     for (uint32_t i = 0; i < r->count; i++) {
         const Section *s = &r->sections[i];
-        printf("section %s offset %" PRIu64 " stored %" PRIu64 " raw %" PRIu64 " codec %u", s->name, s->offset, s->stored,
-               s->raw, s->codec);
+        printf("section %s offset %" PRIu64 " stored %" PRIu64 " raw %" PRIu64 " codec %u", s->name, s->offset,
+               s->stored, s->raw, s->codec);
         Record x = {s->offset, s->stored, s->raw, s->digest, s->codec, 0};
         if (s->type <= SHRD) {
             putchar('\n');
@@ -1714,8 +1726,8 @@ static void list(Reader *r, char **args) {
     }
     for (uint32_t i = 0; i < r->n[EXPI]; i++) {
         Record x = read_record(expert_at(r, i) + 8);
-        printf("expert %" PRIu32 " %" PRIu32 " layout %u offset %" PRIu64 " stored %" PRIu64 " raw %" PRIu64 " codec %u\n",
-               u32(expert_at(r, i)), u32(expert_at(r, i) + 4), x.layout, x.offset, x.stored, x.raw, x.codec);
+        printf("expert %" PRIu32 " %" PRIu32 " layout %u", u32(expert_at(r, i)), u32(expert_at(r, i) + 4), x.layout);
+        printf(" offset %" PRIu64 " stored %" PRIu64 " raw %" PRIu64 " codec %u\n", x.offset, x.stored, x.raw, x.codec);
     }
 }
 
@@ -1770,12 +1782,20 @@ static void print_resident(Reader *r, char **args) {
     cannot(r, r->set_count > 1 ? "no such tensor in this member of a set" : "no such tensor");
 }
 
+static uint64_t number(Reader *r, const char *text) {
+    char *end;
+    uint64_t x = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end) cannot(r, "layer and expert must be numbers");
+    return x;
+}
+
 static void print_expert(Reader *r, char **args) {
+    uint64_t layer = number(r, args[0]), expert = number(r, args[1]);
     check_structure(r);
     for (uint32_t i = 0; i < r->n[EXPI]; i++) {
         const uint8_t *p = expert_at(r, i);
         Record x = read_record(p + 8);
-        if (u32(p) != strtoull(args[0], NULL, 10) || u32(p + 4) != strtoull(args[1], NULL, 10)) continue;
+        if (u32(p) != layer || u32(p + 4) != expert) continue;
         check_expert_values(r, &x);
         Layout l = layout_at(r, x.layout);
         const uint8_t *raw = load(r, &x);

@@ -54,7 +54,7 @@ HEADERS = {"profile": {"tokens": "count", "text_sha256": "sha256"}, "sparsity": 
            "hidden": "count", "source_layers": ["integer"], "tensors": [{"name": "string", "digest": "digest"}]}}
 CLUSTERS = {"clusters": "integer", "boundaries": ["integer"], "histogram": ["number"], "predictor": {"kind": "string"},
             "digest": "digest"}
-LINES = {"sparsity": {"layer": "count", "width": "count", "experts": [CLUSTERS]}, "draft": {"a second line": "count"},
+LINES = {"sparsity": {"layer": "count", "width": "count", "experts": [CLUSTERS]},
          "profile": {"layer": "count", "counts": ["integer"], "gate_mass": ["number"], "coactivation?": ["triple"]}}
 Section = namedtuple("Section", "at name offset stored raw codec digest end")
 Record = namedtuple("Record", "offset stored raw codec layout reserved digest")
@@ -163,7 +163,8 @@ def unzstd(data: Any, at: int, raw_size: int) -> Any:
     while not block & 1:
         block, blocks = little(data[i : i + 3]), blocks + 1
         check(at + i, zstd_truncated=i + 3 <= size,
-              zstd_block=block >> 1 & 3 < 3 and block >> 3 <= min(window, 1 << 17), zstd_blocks=blocks <= 16 + size // 64)
+              zstd_block=block >> 1 & 3 < 3 and block >> 3 <= min(window, 1 << 17),
+              zstd_blocks=blocks <= 16 + size // 64)
         i += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
     check(at + i, zstd_truncated=i + 4 <= size, zstd_trailing=i + 4 == size)
     if zstd is None:
@@ -218,7 +219,8 @@ class File:
             raise OSError("not a file")
         with open(path, "rb") as file:
             self.data = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ) if os.path.getsize(path) else b"")
-        h, actual, self.skipped, self.names, self.names_end = bytes(self.data[:256]), len(self.data), False, dict[Any, str](), 0
+        self.names, self.names_end, self.skipped = dict[Any, str](), 0, False
+        h, actual = bytes(self.data[:256]), len(self.data)
         check(0, file_empty=h, bad_magic=h[:4] == b"SQZD"[: len(h)], file_short=len(h) == 256,
               text_mode_damage=h[4:8] == b"\r\n\x1a\n", version_zero=any(h[8:10]),
               version_byte_swapped=h[8:10] != b"\0\1", version_future=h[8:10] == b"\1\0",
@@ -230,7 +232,8 @@ class File:
               trailing_bytes=actual == total, directory_offset=place == 256, section_count=0 < count <= 64,
               directory_entry_size=entry == 64, record_alignment=self.align in [1 << i for i in range(6, 25)],
               head_limit=self.head_size <= min(1 << 24, total), directory_range=end <= self.head_size,
-              header_reserved=not any(reserved), directory_digest=xxh64(self.data[256:end]) == digest)
+              header_reserved=not any(reserved))
+        check(256, directory_digest=xxh64(self.data[256:end]) == digest)
         self.sections: dict[str, Any] = {}
         for at, (kind, flags, offset, stored, raw, codec, zero, digest, zeros) in self.rows(256, end, "4sIQQQH6sQ16s"):
             name, main = kind.decode("latin-1"), kind.decode("latin-1") in ORDER
@@ -238,9 +241,9 @@ class File:
             check(at, section_type=re.fullmatch("[A-Za-z0-9]{4}", name), section_flags=flags < 2,
                   section_critical_flag=name not in APPENDICES and not main or flags == main,
                   section_unknown_critical=main or not flags, section_empty=stored and raw,
-                  section_codec=codec < 2 - main, section_limit=max(stored, raw) <= limit, section_size=codec or stored == raw,
-                  section_ratio=not codec or raw <= 64 * stored, section_reserved=not any(zero + zeros),
-                  data_section_digest=name not in ORDER[7:] or not digest,
+                  section_codec=codec < 2 - main, section_limit=max(stored, raw) <= limit,
+                  section_size=codec or stored == raw, section_ratio=not codec or raw <= 64 * stored,
+                  section_reserved=not any(zero + zeros), data_section_digest=name not in ORDER[7:] or not digest,
                   section_duplicate=name not in self.sections)
             self.sections[name] = Section(at, name, offset, stored, raw, codec, digest, offset + stored)
         for names in ({"META"}, {"STRS"}, {"TENS"}, {"RESD"}):
@@ -252,8 +255,9 @@ class File:
             least, unit = rank, self.align if s.name == "SHRD" else 64
             rank = ORDER.index(s.name) if s.name in ORDER else 10
             check(s.at, section_order=rank >= least, section_wraps=s.end < 1 << 64,
-                  section_over_header=s.offset >= first, section_overlap=s.offset >= end, section_unaligned=s.offset % unit == 0,
-                  section_gap=s.offset == align(end, unit), section_range=s.end <= actual)
+                  section_over_header=s.offset >= first, section_overlap=s.offset >= end,
+                  section_unaligned=s.offset % unit == 0, section_gap=s.offset == align(end, unit),
+                  section_range=s.end <= actual)
             end = s.end
         head = [s for s in self.sections.values() if s.name in ORDER[:7]]
         check(0, section_gap=end == actual, head_size=self.head_size == head[-1].end)
@@ -264,15 +268,16 @@ class File:
             if s := self.sections.get(name):
                 check(s.offset, index_size=s.stored % size == 0 and (name != "LAYT" or s.stored >= 8))
                 layouts, tensors = struct.unpack_from("<II", self.data, s.offset)
-                fits_counts, few = s.stored == 8 + 16 * layouts + 96 * tensors, layouts <= 1 << 10 and tensors <= 1 << 13
-                check(s.offset, index_size=name != "LAYT" or fits_counts,
-                      index_count=s.stored // size <= most and (name != "LAYT" or few))
+                check(s.offset, index_size=name != "LAYT" or s.stored == 8 + 16 * layouts + 96 * tensors,
+                      index_count=s.stored // size <= most)
+                check(s.offset, index_count=name != "LAYT" or layouts <= 1 << 10 and tensors <= 1 << 13)
         s = self.sections["META"]
         self.metadata = m = document(self.data[s.offset : s.end], s.offset)
         check(s.offset, metadata_type=fits(m, METADATA))
         place, siblings = m.get("set", {"index": 0, "count": 1}), [x["name"] for x in m.get("siblings", ())]
-        check(s.offset, sibling_name=all(map(BARE.fullmatch, siblings)), metadata_set=place["index"] < place["count"] and
-              len({x.lower() for x in siblings}) == len(siblings) == (0 if place["index"] else place["count"] - 1))
+        others, different = 0 if place["index"] else place["count"] - 1, {x.lower() for x in siblings}
+        check(s.offset, sibling_name=all(map(BARE.fullmatch, siblings)),
+              metadata_set=place["index"] < place["count"] and len(different) == len(siblings) == others)
         self.indexes()
         self.experts()
 
@@ -309,10 +314,11 @@ class File:
         """Check a tensor (9); return it, and where its last part ends."""
         offset, length, role, mode, dtype, bits, ndim, group, *rest = fields
         name, shape = self.name(at, offset, length), rest[: min(ndim, 4)]
+        affine = mode == 1 and dtype < 4 and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)
         check(at, tensor_role=role < 10 and (role == 5) == expert, tensor_mode=mode < 5, tensor_dtype=0 < dtype < 12,
-              tensor_encoding=mode == bits == group == 0 or dtype < 4 and ((mode, bits, group) in MICROSCALING or
-              mode == 1 and bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128)), tensor_dims=0 < ndim <= 4,
-              tensor_unused_dim=not any(rest[ndim:4]), tensor_zero_dim=all(shape), tensor_overflow=prod(shape) <= 1 << 48,
+              tensor_encoding=mode == bits == group == 0 or affine or dtype < 4 and (mode, bits, group) in MICROSCALING,
+              tensor_dims=0 < ndim <= 4, tensor_unused_dim=not any(rest[ndim:4]), tensor_zero_dim=all(shape),
+              tensor_overflow=prod(shape) <= 1 << 48,
               row_not_divisible=not group or shape[-1:] and shape[-1] % group == 0)
         n, width = prod(shape), WIDTHS[dtype]
         scales = n // group * (width if mode == 1 else 1) if mode else 0
@@ -329,13 +335,14 @@ class File:
         r = Record(*fields)
         check(at, record_offset=r.offset == end, record_codec=r.codec < 2, record_limit=max(r.stored, r.raw) <= 1 << 36,
               record_empty=r.stored and r.raw, record_size=r.codec or r.stored == r.raw,
-              record_ratio=not r.codec or r.raw <= 64 * r.stored, record_layout=r.layout == 0 if known is None else known,
-              index_reserved=not any(r.reserved + zero), record_raw_size=raw in (None, r.raw))
+              record_ratio=not r.codec or r.raw <= 64 * r.stored,
+              record_layout=r.layout == 0 if known is None else known, index_reserved=not any(r.reserved + zero),
+              record_raw_size=raw in (None, r.raw))
         return r
 
     def indexes(self) -> None:
         """Check FILE, TENS, LAYT and MOEL."""
-        self.files, self.tensors, self.layouts, self.modules = {}, {}, [], []
+        self.files, self.tensors, self.layouts, self.modules = dict[str, Any](), dict[str, Any](), [], []
         for index, data in (("FILE", "BNDL"), ("TENS", "RESD")):
             end = self.sections[data].offset if data in self.sections else 0
             for at, fields in self.index(index, "IH2s" + RECORD if index == "FILE" else TENSOR + RECORD):
@@ -479,13 +486,13 @@ class File:
             hidden, most = (config.get(key) for key in ("hidden_size", "num_hidden_layers"))
             check(at, draft_hidden=type(hidden) is not int or hidden == head["hidden"],
                   draft_source_layer=layers and layers[0] >= 0 and all(a < b for a, b in pairwise(layers)) and
-                  (type(most) is not int or layers[-1] < most),
+                      (type(most) is not int or layers[-1] < most),
                   draft_tensors=[x["name"] for x in head["tensors"]] == [name for name, _ in tensors],
                   draft_digest=all(x["digest"] == f"{r.digest:016x}" for x, (_, r) in zip(head["tensors"], tensors)))
         for line in lines:
             if not ours:
                 continue
-            check(at, **{kind + "_type": fits(line, LINES[kind])})
+            check(at, **{kind + "_type": kind in LINES and fits(line, LINES[kind])})
             m: Any = next(modules, None)
             values = line["counts" if kind == "profile" else "experts"]
             check(at, **{kind + "_layers": m and line["layer"] == m.layer and len(values) == m.count and
@@ -504,8 +511,9 @@ class File:
                 check(at, sparsity_width=not up or up.shape[0] == width)
             for e, r in zip(values, records):
                 edges, bars, c = e["boundaries"], e["histogram"], e["clusters"]
-                check(at, sparsity_clusters=1 <= c <= width, sparsity_boundaries=len(edges) == c + 1 and
-                      edges[:1] == [0] and edges[-1] == width and all(a < b for a, b in pairwise(edges)),
+                check(at, sparsity_clusters=1 <= c <= width,
+                      sparsity_boundaries=len(edges) == c + 1 and edges[:1] == [0] and edges[-1] == width and all(a < b
+                          for a, b in pairwise(edges)),
                       sparsity_histogram=len(bars) == c and all(0 <= x <= 1 for x in bars),
                       sparsity_digest=e["digest"] == f"{r.digest:016x}")
         check(at, **{kind + "_layers": not ours or kind == "draft" or next(modules, None) is None})
@@ -522,7 +530,7 @@ def show(f: File) -> None:
         print(f"layer {m.layer} experts={m.count} path={m.path!a}")
         for x in range(m.count):
             r = f.expert(m.first + x)
-            print(f"expert {m.layer} {x} layout={r.layout} codec={r.codec} offset={r.offset} stored={r.stored} raw={r.raw}")
+            print(f"expert {m.layer} {x} layout={r.layout} offset={r.offset} stored={r.stored} raw={r.raw}")
     for name, r in f.files.items():
         print(f"file {name} offset={r.offset} stored={r.stored} raw={r.raw}")
 
