@@ -153,6 +153,8 @@ def role_of(path: str, kind: str, expert_parents: frozenset[str]) -> str:
         return "head"
     if "Norm" in kind or "norm" in last:
         return "norm"
+    if last == "shared_expert_gate":  # decides, like a router, how much of the shared expert is heard
+        return "router"
     if "shared" in path:
         return "shared"
     near_experts = any(path.startswith(p + ".") for p in expert_parents)

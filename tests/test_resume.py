@@ -108,10 +108,7 @@ def test_stopped_within_a_record_or_the_head_it_resumes(
         200,
         400,
         3_000,
-        pytest.param(
-            "index",
-            marks=pytest.mark.xfail(strict=True, reason="Writer._resume takes codec and layout as they lie there"),
-        ),
+        "index",
         100_000,
         200_000,
         -1,
@@ -224,7 +221,6 @@ def test_a_second_process_is_told_and_does_no_harm(
     assert target.read_bytes() == tiny_file("int4", "mse").read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="Writer locks a file that was renamed to the final name, and truncates it")
 def test_a_run_that_gets_the_lock_of_a_file_just_completed_does_no_harm(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_file: Callable[..., Path]
 ) -> None:

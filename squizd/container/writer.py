@@ -51,8 +51,7 @@ class Writer:
         self.total_bytes = sum(size for _, size in self._head.tensors)
         self._fd = -1
         try:
-            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._lock()
+            self._open_locked()
             self._resume()
             os.ftruncate(self._fd, self._end)  # whatever lies beyond is half a record
             self._check_space()
@@ -121,11 +120,20 @@ class Writer:
 
     # -- the partial file ------------------------------------------------------------------------------
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"{self.partial} is being written by another process") from error
+    def _open_locked(self) -> None:
+        """Open the partial file and lock it; again, if meanwhile another process finished and renamed it."""
+        while True:
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OutputError(f"{self.partial} is being written by another process") from error
+            try:
+                if os.path.samestat(os.fstat(self._fd), os.stat(self.partial)):
+                    return
+            except FileNotFoundError:
+                pass
+            self._close()
 
     def _mark(self) -> bytes:
         digest = hashlib.sha256(self.plan.fingerprint)
@@ -150,16 +158,15 @@ class Writer:
             start, size = self._head.spans[kind]
             found = np.frombuffer(read_at(self._fd, start, size).ljust(size, b"\0"), entries.dtype)
             for i, e in enumerate(found):
-                r = e["record"]
-                stored = int(r["stored_size"])
-                raw_size = self._head.tensors[self.done][1]
-                if int(r["offset"]) != self._start() or not 0 < stored <= raw_size or int(r["raw_size"]) != raw_size:
+                start, stored = self._start(), int(e["record"]["stored_size"])
+                if not 0 < stored <= self._head.tensors[self.done][1]:
                     return
-                data = read_at(self._fd, int(r["offset"]), stored)
-                if len(data) < stored or xxhash.xxh64_intdigest(data) != int(r["digest"]):
+                data = read_at(self._fd, start, stored)
+                wanted = np.array(self._record(start, data), L.RECORD)
+                if len(data) < stored or wanted.tobytes() != e["record"].tobytes():
                     return
-                entries[i]["record"] = r
-                self._advance(int(r["offset"]) + stored)
+                entries[i]["record"] = wanted
+                self._advance(start + stored)
 
     def _start(self) -> int:
         """Where the next record starts."""
@@ -171,16 +178,21 @@ class Writer:
         self.done_bytes += self._head.tensors[self.done][1]
         self.done += 1
 
+    def _record(self, start: int, stored: L.Bytes) -> tuple[int, int, int, int, int, bytes, int]:
+        """The index fields of the next record; a record is encoded exactly if that makes it smaller."""
+        raw_size = self._head.tensors[self.done][1]
+        codec = L.RAW if len(stored) == raw_size else self.plan.codec
+        digest = xxhash.xxh64_intdigest(stored)
+        return start, len(stored), raw_size, codec, self._head.layout_ids[self.done], b"", digest
+
     def _append(self, raw: bytearray) -> None:
         start, first_expert = self._start(), len(self.plan.residents)
-        codec, stored = records.encode(raw, self.plan.codec)
+        _, stored = records.encode(raw, self.plan.codec)
         self._pwrite(stored, start)
         entries, kind, i = (self._head.residents, L.TENS, self.done)
         if self.done >= first_expert:
             entries, kind, i = self._head.experts, L.EXPI, self.done - first_expert
-        digest = xxhash.xxh64_intdigest(stored)
-        layout = self._head.layout_ids[self.done]
-        entries[i]["record"] = (start, len(stored), len(raw), codec, layout, b"", digest)
+        entries[i]["record"] = self._record(start, stored)
         self._pwrite(bytes(entries[i : i + 1]), self._head.spans[kind][0] + i * entries.dtype.itemsize)
         self._advance(start + len(stored))
 
