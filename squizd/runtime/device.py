@@ -7,13 +7,17 @@ f32), so there every float is widened to float32 when it is loaded. Elsewhere nu
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Final
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from .. import kernels
 from ..backend import on_cpu
+from ..kernels import layers
 from .io import Bytes
 
 _TYPES: Final = {
@@ -46,6 +50,20 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
         array = array.reshape(())
     mx.eval(array)
     return array, view
+
+
+def accelerate(model: nn.Module) -> None:
+    """Let squizd's own kernels compute what they can of `model`, where MLX's are slow: on Linux CPUs, if they are compiled."""
+    if sys.platform == "linux" and on_cpu():
+        layers.adopt(model)
+
+
+def arithmetic() -> str:
+    """What computes on this device, for a statistics line; a reason where squizd's kernels could and do not."""
+    if sys.platform != "linux" or not on_cpu():
+        return "MLX"
+    reason = kernels.missing()
+    return f"MLX: {reason}" if reason else kernels.describe()
 
 
 def available_memory() -> int:

@@ -145,6 +145,7 @@ def load_model(
         _load_residents(blueprint, file)
         paged = [_load_layer(blueprint, x, n, pager) for x, n in zip(blueprint.layers, budget.slots, strict=True)]
         mx.eval(list(_arrays(blueprint.model)))
+        device.accelerate(blueprint.model)
     except BaseException:
         pager.close()
         raise

@@ -1,0 +1,58 @@
+"""Fast arithmetic for MLX on Linux CPUs: quantized and plain linear layers, experts, attention, norms, rotations.
+
+A compiled extension (`src/`, built by `build.py`) that may be absent: then `missing()` says what is, in
+one line, and everything runs through MLX. The extension's operations are lazy MLX operations in
+float32; which of them are used, and where, is the business of `layers`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+_HINT = "python -m squizd.kernels.build"
+
+
+def _import() -> tuple[ModuleType | None, str]:
+    if os.environ.get("SQUIZD_KERNELS") == "0":
+        return None, "switched off by SQUIZD_KERNELS=0"
+    import mlx.core as mx
+
+    try:
+        from . import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        if "_native" in str(error):
+            return None, f"the kernels are not compiled ({_HINT})"
+        return None, f"the compiled kernels do not load: {error} ({_HINT})"
+    version = mx.__version__.partition(".dev")[0]
+    if _native.mlx_version != version:
+        return None, f"the kernels were compiled for MLX {_native.mlx_version}, {version} is installed ({_HINT})"
+    try:  # another nanobind than MLX's own would not know its arrays
+        _native.rms_norm(mx.zeros((1,)), None, 0.0)
+    except TypeError:
+        return None, f"the kernels were compiled with another nanobind than MLX ({_HINT})"
+    _native.set_threads(int(os.environ.get("SQUIZD_THREADS") or len(os.sched_getaffinity(0))))
+    return _native, ""
+
+
+_found: tuple[ModuleType | None, str] | None = None
+
+
+def native() -> ModuleType | None:
+    """The extension, or None if it cannot be used here."""
+    global _found
+    if _found is None:
+        _found = _import()
+    return _found[0]
+
+
+def missing() -> str:
+    """Why the extension cannot be used here, in one line; "" if it can."""
+    native()
+    return _found[1] if _found else ""
+
+
+def describe() -> str:
+    """What computes, for a statistics line: "squizd kernels (AVX-512, 2 threads)" or "MLX"."""
+    found = native()
+    return f"squizd kernels ({found.in_use()}, {found.threads()} threads)" if found else "MLX"

@@ -1,0 +1,168 @@
+"""mlx-lm's and MLX's layers on the kernels: the same modules with the same parameters, another way to compute.
+
+A module changes its class to a subclass of its own that differs in `__call__` only. Whatever a kernel
+does not do (another type, another device, a bias inside a fused block) goes the old way. Three functions of `mx.fast`,
+which on CPU are dozens of small operations each, are replaced for the whole process: same results,
+same gradients, and what the kernels do not do goes to MLX's own.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
+
+from . import native
+
+_fast: dict[str, Any] = {}  # MLX's own functions, once they are replaced
+_kernels: Any = None  # the extension while it is in use
+
+
+def _quantized(module: nn.Module) -> tuple[Any, ...]:
+    return module["weight"], module["scales"], module.get("biases"), module.group_size, module.bits, module.mode
+
+
+def _plain(module: nn.Module) -> tuple[Any, ...]:
+    return module["weight"], None, None, 0, 32, ""
+
+
+class _QuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x: mx.array) -> mx.array:
+        out = _kernels and _kernels.linear(x, *_quantized(self))
+        if out is None:
+            return super().__call__(x)
+        return out + self["bias"] if "bias" in self else out
+
+
+class _Linear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        out = _kernels and _kernels.linear(x, *_plain(self))
+        if out is None:
+            return super().__call__(x)
+        return out + self["bias"] if "bias" in self else out
+
+
+class _QuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        out = _kernels and _kernels.linear(x, *_quantized(self))
+        return super().as_linear(x) if out is None else out
+
+
+class _Embedding(nn.Embedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        out = _kernels and _kernels.linear(x, *_plain(self))
+        return super().as_linear(x) if out is None else out
+
+
+class _QuantizedSwitchLinear(QuantizedSwitchLinear):
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        out = _kernels and _kernels.expert_linear(x, indices, *_quantized(self))
+        if out is None:
+            return super().__call__(x, indices, sorted_indices)
+        return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
+
+
+class _SwitchLinear(SwitchLinear):
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        out = _kernels and _kernels.expert_linear(x, indices, *_plain(self))
+        if out is None:
+            return super().__call__(x, indices, sorted_indices)
+        return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
+
+
+class _SwitchGLU(SwitchGLU):
+    """With the usual activation and no biases, one operation does all of it."""
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        gate, up, down = self["gate_proj"], self["up_proj"], self["down_proj"]
+        if _kernels and type(self["activation"]) is SwiGLU and not ("bias" in gate or "bias" in up or "bias" in down):
+            parts = [_quantized(m) if "scales" in m else _plain(m) for m in (gate, up, down)]
+            out = _kernels.swiglu_experts(x, indices, *parts[0], *parts[1], *parts[2])
+            if out is not None:
+                return out
+        return super().__call__(x, indices)
+
+
+_KINDS: dict[type, type] = {
+    nn.QuantizedLinear: _QuantizedLinear,
+    nn.Linear: _Linear,
+    nn.QuantizedEmbedding: _QuantizedEmbedding,
+    nn.Embedding: _Embedding,
+    QuantizedSwitchLinear: _QuantizedSwitchLinear,
+    SwitchLinear: _SwitchLinear,
+    SwitchGLU: _SwitchGLU,
+}
+
+
+def _rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
+    if _kernels and stream is None:
+        out = _kernels.rms_norm(x, weight, eps)
+        if out is not None:
+            return out
+    return _fast["rms_norm"](x, weight, eps, stream=stream)
+
+
+def _rope(
+    a: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int | mx.array,
+    freqs: mx.array | None = None,
+    stream: Any = None,
+) -> mx.array:
+    if _kernels and stream is None:
+        out = _kernels.rope(a, dims, traditional, base, scale, offset, freqs)
+        if out is not None:
+            return out
+    return _fast["rope"](
+        a, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, stream=stream
+    )
+
+
+def _attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
+) -> mx.array:
+    if _kernels and not options:
+        out = _kernels.attention(q, k, v, scale, mask, sinks)
+        if out is not None:
+            return out
+    return _fast["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+
+
+_FUNCTIONS = {"rms_norm": _rms_norm, "rope": _rope, "scaled_dot_product_attention": _attention}
+
+
+def adopt(model: nn.Module) -> bool:
+    """Let the kernels compute what they can of `model`; False, with nothing changed, if there are none."""
+    global _kernels
+    found = native()
+    if found is None:
+        return False
+    if not _fast:
+        _fast.update({name: getattr(mx.fast, name) for name in _FUNCTIONS})
+        for name, function in _FUNCTIONS.items():
+            setattr(mx.fast, name, function)
+    _kernels = found
+    for module in model.modules():
+        kind = _KINDS.get(type(module))
+        if kind is not None:
+            module.__class__ = kind
+    return True
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Everything through MLX while inside: for comparison. Not for use while another thread computes."""
+    global _kernels
+    before, _kernels = _kernels, None
+    try:
+        yield
+    finally:
+        _kernels = before
