@@ -255,7 +255,7 @@ def _statistics(session: Session, o: dict[str, Any]) -> None:
     click.echo(
         f"{timing.prompt_tokens} + {timing.generated_tokens} tokens, {rate}"
         f"first token {timing.first_token_seconds:.2f} s, hit rate {stats.hit_rate:.1%}, "
-        f"{_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}",
+        f"{_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}, {session.state.arithmetic}",
         err=True,
     )
 

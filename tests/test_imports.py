@@ -26,7 +26,8 @@ ALLOWED = {
     "inspection": {"codecs", "container"},
     "repack": {"container"},
     "compression": {"architecture", "checkpoint", "container", "inspection", "quantizers", "recipe"},
-    "runtime": {"architecture", "backend", "container"},
+    "kernels": set(),
+    "runtime": {"architecture", "backend", "container", "kernels"},
     "generation": {"runtime"},
     "cli": {"backend", "compression", "container", "generation", "inspection", "repack", "runtime"},
 }

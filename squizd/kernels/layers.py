@@ -47,6 +47,10 @@ class _Linear(nn.Linear):
 
 
 class _QuantizedEmbedding(nn.QuantizedEmbedding):
+    def __call__(self, x: mx.array) -> mx.array:
+        out = _kernels and self["scales"].dtype == mx.float32 and _kernels.embed(x, *_quantized(self))
+        return super().__call__(x) if not isinstance(out, mx.array) else out
+
     def as_linear(self, x: mx.array) -> mx.array:
         out = _kernels and _kernels.linear(x, *_quantized(self))
         return super().as_linear(x) if out is None else out
@@ -79,7 +83,7 @@ class _SwitchGLU(SwitchGLU):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         gate, up, down = self["gate_proj"], self["up_proj"], self["down_proj"]
-        if _kernels and type(self["activation"]) is SwiGLU and not ("bias" in gate or "bias" in up or "bias" in down):
+        if _kernels and type(self.activation) is SwiGLU and not ("bias" in gate or "bias" in up or "bias" in down):
             parts = [_quantized(m) if "scales" in m else _plain(m) for m in (gate, up, down)]
             out = _kernels.swiglu_experts(x, indices, *parts[0], *parts[1], *parts[2])
             if out is not None:

@@ -65,6 +65,11 @@ class Residency:
         return sum(self.budget.slots) / experts if experts else 1.0
 
     @property
+    def arithmetic(self) -> str:
+        """What computes: squizd's kernels, or MLX (and why, where the kernels could)."""
+        return device.arithmetic()
+
+    @property
     def stats(self) -> Stats:
         """The counters since loading or `reset_stats`, as a copy."""
         return replace(self._pager.stats, resident_bytes=self.resident_bytes)

@@ -57,6 +57,7 @@ INLINE void dot_rows(const Matrix& w, int n, const float* x, float* y) {
   for (int g = 0; g < groups; g++) {
     Decoder<BITS, FP> d[ROWS];
     for (int i = 0; i < ROWS; i++) set<BITS, FP>(d[i], r[i], g);
+    for (int i = 0; i < ROWS; i++) __builtin_prefetch(r[i].codes + at + 2 * ROWS * w.row_bytes());
     for (int u = 0; u < units; u++, at += 4 * BITS, x += UNIT) {
       V xa = load(x), xb = load(x + LANES);
       for (int i = 0; i < ROWS; i++) {

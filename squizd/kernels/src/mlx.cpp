@@ -149,7 +149,7 @@ struct Ids {
   explicit Ids(const array& a)
       : base(a.data<uint32_t>()), shape(a.shape()), strides(a.strides()), even(a.flags().row_contiguous), count(int(a.size())) {}
 
-  const uint32_t* list(std::vector<uint32_t>& copy, int experts) const {
+  const uint32_t* list(std::vector<uint32_t>& copy, int experts, const char* what = "expert slot") const {
     const uint32_t* ids = base;
     if (!even) {
       copy.resize(count);
@@ -166,7 +166,7 @@ struct Ids {
     if (!squizd::valid_ids(ids, count, experts)) {
       uint32_t worst = 0;
       for (int i = 0; i < count; i++) worst = std::max(worst, ids[i]);
-      throw std::out_of_range("expert slot " + std::to_string(int32_t(worst)) + " was asked for; there are " + std::to_string(experts));
+      throw std::out_of_range(std::string(what) + " " + std::to_string(int32_t(worst)) + " was asked for; there are " + std::to_string(experts));
     }
     return ids;
   }
@@ -246,7 +246,7 @@ class Linear : public Replacement {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     const squizd::Matrix w = as_.matrix(in, 1);
     Rows x(in[0]);
-    float* memory = scratch(encoder, squizd::linear_floats(*machine().pool, w, x.count));
+    float* memory = scratch(encoder, squizd::linear_floats(w, x.count));
     encoder.dispatch([w, x = std::move(x), y = out.data<float>(), memory] {
       thread_local std::vector<const float*> rows;
       thread_local std::vector<float*> outs;
@@ -277,7 +277,7 @@ class ExpertLinear : public Replacement {
     const squizd::Experts w = experts(as_, in, 2);
     Rows x(in[0]);
     Ids ids(in[1]);
-    float* memory = scratch(encoder, squizd::expert_linear_floats(*machine().pool, w, x.count));
+    float* memory = scratch(encoder, squizd::expert_linear_floats(w, x.count));
     encoder.dispatch([w, x = std::move(x), ids = std::move(ids), y = out.data<float>(), memory] {
       thread_local std::vector<const float*> rows;
       thread_local std::vector<float*> outs;
@@ -321,7 +321,7 @@ class SwigluExperts : public Replacement {
     Rows x(in[0]);
     Ids ids(in[1]);
     const int choices = in[1].shape(-1);
-    float* memory = scratch(encoder, squizd::swiglu_experts_floats(*machine().pool, gate, up, down, x.count, choices));
+    float* memory = scratch(encoder, squizd::swiglu_experts_floats(gate, down, x.count, choices));
     encoder.dispatch([gate, up, down, x = std::move(x), ids = std::move(ids), choices, y = out.data<float>(), memory] {
       thread_local std::vector<const float*> rows;
       thread_local std::vector<uint32_t> copy;
@@ -333,6 +333,31 @@ class SwigluExperts : public Replacement {
 
  private:
   Stored gate_, up_, down_;
+};
+
+// Rows of a quantized table: ids [...] -> [..., cols]
+class Embed : public Replacement {
+ public:
+  Embed(mx::Stream s, Stored as) : Replacement(s), as_(as) {}
+  const char* name() const override { return "SquizdEmbed"; }
+  bool is_equivalent(const Primitive& other) const override { return as_ == static_cast<const Embed&>(other).as_; }
+  Arrays plain(const Arrays& in) const override {
+    auto pick = [&](int i) { return mx::take(in[i], in[0], 0); };
+    return {mx::dequantize(pick(1), pick(2), as_.arrays() == 3 ? Optional(pick(3)) : std::nullopt, as_.group, as_.bits, as_.name())};
+  }
+
+  void eval_cpu(const Arrays& in, Arrays& outputs) override {
+    array& out = outputs[0];
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    if (out.size() == 0) return;
+    mx::cpu::get_command_encoder(stream()).dispatch([w = as_.matrix(in, 1), ids = Ids(in[0]), y = out.data<float>()] {
+      thread_local std::vector<uint32_t> copy;
+      squizd::embed(engine(), w, ids.list(copy, w.rows, "row"), ids.count, y);
+    });
+  }
+
+ private:
+  Stored as_;
 };
 
 class RmsNorm : public Replacement {
@@ -482,9 +507,8 @@ class Attend : public Replacement {
       a.mask_head = m.strides(1), a.mask_row = m.strides(2), a.mask_col = m.strides(3);
     }
     const float* sinks = sinks_ ? in.back().data<float>() : nullptr;
-    float* memory = scratch(encoder, squizd::attention_floats(a) * size_t(machine().pool->workers()));
     encoder.dispatch([a, groups, heads, batch, steps, mask,
-                      mask_batch, item = a.mask_is_bool ? 1 : 4, sinks, memory, qp = q.data<float>(), kp = k.data<float>(),
+                      mask_batch, item = a.mask_is_bool ? 1 : 4, sinks, qp = q.data<float>(), kp = k.data<float>(),
                       vp = v.data<float>(), op = out.data<float>()] {
       squizd::attention(engine(), batch * groups, heads, a,
                         [&](int task) {
@@ -497,8 +521,7 @@ class Attend : public Replacement {
                           mine.mask = mask ? mask + b * mask_batch + g * heads * a.mask_head * item : nullptr;
                           mine.sinks = sinks ? sinks + g * heads : nullptr;
                           return mine;
-                        },
-                        memory);
+                        });
     });
   }
 
@@ -534,6 +557,18 @@ Optional expert_linear(const array& x, const array& ids, const array& w, const O
   if (!store(inputs, as, w, scales, biases, group, bits, mode, 3, x.shape(-1))) return std::nullopt;
   full.back() = w.shape(1);
   return array(std::move(full), mx::float32, std::make_shared<ExpertLinear>(*s, as), std::move(inputs));
+}
+
+Optional embed(const array& ids, const array& w, const Optional& scales, const Optional& biases, int group, int bits, const std::string& mode) {
+  auto s = cpu_stream();
+  if (!s || !scales || w.ndim() != 2 || !mx::issubdtype(ids.dtype(), mx::integer)) return std::nullopt;
+  Stored as;
+  Arrays inputs{ids.dtype() == mx::uint32 ? ids : mx::astype(ids, mx::uint32)};
+  const int width = bits ? int(int64_t(w.shape(1)) * 32 / bits) : 0;
+  if (!store(inputs, as, w, scales, biases, group, bits, mode, 2, width)) return std::nullopt;
+  mx::Shape shape = ids.shape();
+  shape.push_back(width);
+  return array(std::move(shape), mx::float32, std::make_shared<Embed>(*s, as), std::move(inputs));
 }
 
 Optional swiglu_experts(const array& x, const array& ids, const array& gw, const Optional& gs, const Optional& gb, int gg, int gbits,
@@ -645,6 +680,7 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear);
   m.def("expert_linear", &expert_linear);
   m.def("swiglu_experts", &swiglu_experts);
+  m.def("embed", &embed);
   m.def("rms_norm", &rms_norm, nb::arg(), nb::arg().none(), nb::arg());
   m.def("rope", &rope);
   m.def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());

@@ -10,7 +10,7 @@ namespace squizd {
 
 class Pool {
  public:
-  explicit Pool(int threads) : workers_(threads > 1 ? threads : 1) {
+  explicit Pool(int threads) : workers_(threads > 1 ? threads : 1), tiles_(size_t(workers_)) {
     for (int i = 1; i < workers_; i++) threads_.emplace_back([this, i] { help(i); });
   }
   ~Pool() {
@@ -26,11 +26,19 @@ class Pool {
 
   int workers() const { return workers_; }
 
+  // Memory of one worker, kept between jobs; only for use inside a job.
+  float* tile(int worker, size_t floats) {
+    auto& mine = tiles_[size_t(worker)];
+    if (mine.size() < floats) mine.resize(floats);
+    return mine.data();
+  }
+
   // job(task, worker) for task in [0, tasks), each once, on any of `workers()` threads; returns when all are done.
-  // While another thread runs a job here, the caller does its own alone. A job must not throw.
+  // Jobs run one at a time: callers wait for each other. A job must not throw.
   template <class Job>
   void run(int tasks, bool alone, const Job& job) {
-    if (alone || tasks < 2 || workers_ == 1 || !busy_.try_lock()) {
+    std::lock_guard turn(busy_);
+    if (alone || tasks < 2 || workers_ == 1) {
       for (int task = 0; task < tasks; task++) job(task, 0);
       return;
     }
@@ -50,7 +58,6 @@ class Pool {
     // A helper that is not inside by now finds the job closed, so a slow waking costs nothing.
     open_.store(false);
     while (inside_.load() > 0) pause();
-    busy_.unlock();
   }
 
  private:
@@ -88,6 +95,7 @@ class Pool {
   }
 
   const int workers_;
+  std::vector<std::vector<float>> tiles_;
   std::vector<std::thread> threads_;
   std::mutex busy_, mutex_;
   std::condition_variable wake_;

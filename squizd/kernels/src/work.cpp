@@ -6,7 +6,7 @@ namespace squizd {
 namespace {
 
 // Work below this many microseconds (at some 10 GB/s and 50 GFLOP/s a thread) is not worth another thread's waking.
-constexpr double ALONE_MICROSECONDS = 30;
+constexpr double ALONE_MICROSECONDS = 100;
 double cost(const Matrix& w, double matrices, double products) {
   return (matrices * double(w.rows) * double(w.row_bytes()) * 1.25) / 10e3 + products * w.rows * double(w.cols) / 25e3;
 }
@@ -96,8 +96,17 @@ Matrix Experts::at(int expert) const {
   return m;
 }
 
-size_t linear_floats(const Pool& pool, const Matrix& w, int count) {
-  return size_t(count) * size_t(w.padded()) + pointers(size_t(count)) + size_t(pool.workers()) * tile_floats(w) + SLACK;
+size_t linear_floats(const Matrix& w, int count) {
+  return size_t(count) * size_t(w.padded()) + pointers(size_t(count)) + SLACK;
+}
+
+void embed(Engine e, const Matrix& w, const uint32_t* ids, int count, float* out) {
+  constexpr int PART = 64;
+  e.pool.run((count + PART - 1) / PART, count < 256, [&](int task, int worker) {
+    float* tile = e.pool.tile(worker, tile_floats(w));
+    for (int i = task * PART; i < count && i < (task + 1) * PART; i++)
+      e.math.dequantize(w, int(ids[i]), int(ids[i]) + 1, out + size_t(i) * size_t(w.cols), tile);
+  });
 }
 
 void linear(Engine e, const Matrix& w, const float* const* x, ptrdiff_t stride, int count, float* const* y, float* scratch) {
@@ -105,7 +114,6 @@ void linear(Engine e, const Matrix& w, const float* const* x, ptrdiff_t stride, 
   const size_t width = size_t(w.padded()), tile = tile_floats(w);
   float* packed = memory.floats(size_t(count) * width);
   const float** rows = memory.of<const float*>(size_t(count));
-  float* tiles = memory.floats(size_t(e.pool.workers()) * tile);
   for (int i = 0; i < count; i++) {
     rows[i] = packed + size_t(i) * width;
     e.math.pack(x[i], stride, w.cols, w.order(), packed + size_t(i) * width);
@@ -113,12 +121,12 @@ void linear(Engine e, const Matrix& w, const float* const* x, ptrdiff_t stride, 
   const int part = slice(e.pool, w.rows, 1);
   e.pool.run((w.rows + part - 1) / part, cost(w, 1, count) < ALONE_MICROSECONDS, [&](int task, int worker) {
     const int first = task * part, last = first + part < w.rows ? first + part : w.rows;
-    e.math.matmul(w, first, last, rows, count, y, tiles + size_t(worker) * tile);
+    e.math.matmul(w, first, last, rows, count, y, e.pool.tile(worker, tile));
   });
 }
 
-size_t expert_linear_floats(const Pool& pool, const Experts& w, int pairs) {
-  return linear_floats(pool, w.first, pairs) + groups_floats(pairs, w.count) + pointers(size_t(pairs)) + SLACK;
+size_t expert_linear_floats(const Experts& w, int pairs) {
+  return linear_floats(w.first, pairs) + groups_floats(pairs, w.count) + pointers(size_t(pairs)) + SLACK;
 }
 
 void expert_linear(Engine e, const Experts& w, const float* const* x, ptrdiff_t stride, const uint32_t* ids, int pairs,
@@ -129,7 +137,6 @@ void expert_linear(Engine e, const Experts& w, const float* const* x, ptrdiff_t 
   float* packed = memory.floats(size_t(pairs) * width);
   const float** rows = memory.of<const float*>(size_t(pairs));
   float** outs = memory.of<float*>(size_t(pairs));
-  float* tiles = memory.floats(size_t(e.pool.workers()) * tile);
   for (int i = 0; i < pairs; i++) {  // in the order of experts
     const int p = g.order[i];
     rows[i] = i && x[p] == x[g.order[i - 1]] ? rows[i - 1] : packed + size_t(i) * width;
@@ -140,17 +147,14 @@ void expert_linear(Engine e, const Experts& w, const float* const* x, ptrdiff_t 
   e.pool.run(g.used * parts, cost(w.first, g.used, pairs) < ALONE_MICROSECONDS, [&](int task, int worker) {
     const int i = task / parts, first = task % parts * part, last = first + part < w.first.rows ? first + part : w.first.rows;
     e.math.matmul(w.at(g.expert[i]), first, last, rows + g.start[i], g.start[i + 1] - g.start[i], outs + g.start[i],
-                  tiles + size_t(worker) * tile);
+                  e.pool.tile(worker, tile));
   });
 }
 
-size_t swiglu_experts_floats(const Pool& pool, const Experts& gate, const Experts& up, const Experts& down, int tokens,
-                             int choices) {
+size_t swiglu_experts_floats(const Experts& gate, const Experts& down, int tokens, int choices) {
   const int pairs = tokens * choices;
-  const size_t hidden = size_t(down.first.padded()), width = size_t(gate.first.padded());
-  const size_t tile = max(max(tile_floats(gate.first), tile_floats(up.first)), tile_floats(down.first));
-  return 2 * (size_t(tokens) * width) + 2 * size_t(pairs) * hidden + 6 * pointers(size_t(pairs)) + groups_floats(pairs, gate.count) +
-         size_t(pool.workers()) * tile + 2 * SLACK;
+  return 2 * size_t(tokens) * size_t(gate.first.padded()) + 2 * size_t(pairs) * size_t(down.first.padded()) +
+         6 * pointers(size_t(pairs)) + groups_floats(pairs, gate.count) + SLACK;
 }
 
 void swiglu_experts(Engine e, const Experts& gate, const Experts& up, const Experts& down, const float* const* x,
@@ -167,7 +171,6 @@ void swiglu_experts(Engine e, const Experts& gate, const Experts& up, const Expe
   const float **rows = memory.of<const float*>(size_t(pairs)), **rows_up = memory.of<const float*>(size_t(pairs));
   const float** inners = memory.of<const float*>(size_t(pairs));
   float **to_gate = memory.of<float*>(size_t(pairs)), **to_up = memory.of<float*>(size_t(pairs)), **outs = memory.of<float*>(size_t(pairs));
-  float* tiles = memory.floats(size_t(e.pool.workers()) * tile);
   for (int t = 0; t < tokens; t++) {
     e.math.pack(x[t], stride, gate.first.cols, gate.first.order(), packed + size_t(t) * width);
     if (!alike) e.math.pack(x[t], stride, up.first.cols, up.first.order(), packed_up + size_t(t) * width);
@@ -186,7 +189,7 @@ void swiglu_experts(Engine e, const Experts& gate, const Experts& up, const Expe
   e.pool.run(g.used * parts, alone, [&](int task, int worker) {
     const int i = task / parts, first = task % parts * part, last = first + part < inner ? first + part : inner;
     const int from = g.start[i], count = g.start[i + 1] - from, expert = g.expert[i];
-    float* mine = tiles + size_t(worker) * tile;
+    float* mine = e.pool.tile(worker, tile);
     e.math.matmul(gate.at(expert), first, last, rows + from, count, to_gate + from, mine);
     e.math.matmul(up.at(expert), first, last, rows_up + from, count, to_up + from, mine);
     for (int r = from; r < from + count; r++) e.math.swiglu(to_gate[r], to_up[r], first, last, down.first.order());
@@ -196,7 +199,7 @@ void swiglu_experts(Engine e, const Experts& gate, const Experts& up, const Expe
     const int i = task / parts2, first = task % parts2 * part2, last = first + part2 < outer ? first + part2 : outer;
     const int from = g.start[i];
     e.math.matmul(down.at(g.expert[i]), first, last, inners + from, g.start[i + 1] - from, outs + from,
-                  tiles + size_t(worker) * tile);
+                  e.pool.tile(worker, tile));
   });
 }
 
