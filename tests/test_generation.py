@@ -17,6 +17,7 @@ from mlx_lm.utils import dequantize_model
 import squizd
 from squizd.errors import ContextError, RequestError
 from squizd.generation import Conversation, Sampling, render_chat
+from squizd.runtime.device import accelerate
 
 PROMPT = "The city was founded in the year"
 
@@ -34,6 +35,7 @@ def mlx_reference(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Any:
     model, tokenizer = mlx_lm.load(str(folder))
     widen = lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a  # noqa: E731
     model.update(tree_map(widen, model.parameters()))
+    accelerate(model)  # its own graph, on the same kernels
     return model, tokenizer
 
 

@@ -23,7 +23,8 @@ from mlx_lm.utils import load_model as load_mlx_model
 from squizd.container import Plan, Writer
 from squizd.container.layout import RAW, ZSTD, Encoding, MoeLayer, make_layout
 from squizd.errors import SourceError
-from squizd.runtime.device import on_cpu
+from squizd.kernels import layers as kernel_layers
+from squizd.runtime.device import accelerate, on_cpu
 from squizd.runtime.load import load_model, state
 from squizd.runtime.switch import PagedSwitch
 
@@ -108,9 +109,10 @@ def make_model(
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """The same model computing in float32, as squizd does on CPU. Changes `model`."""
+    """The same model computing in float32 and on the same kernels, as squizd does on CPU. Changes `model`."""
     widen = lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a  # noqa: E731
     model.update(tree_map(widen, model.parameters()))
+    accelerate(model)
     return model
 
 
@@ -187,6 +189,9 @@ def logits(model: nn.Module) -> list[np.ndarray]:
 def assert_same_at_any_share(file: Path, reference: nn.Module, shares: tuple[str, ...] = ("100%", "50%", "0%")) -> None:
     wanted = logits(in_float32(reference))
     assert all(np.isfinite(w).all() for w in wanted)
+    with kernel_layers.switched_off():
+        for want, plain in zip(wanted, logits(reference), strict=True):
+            np.testing.assert_allclose(want, plain, rtol=0, atol=1e-4 * np.abs(plain).max())
     for share in shares:
         model = load_model(file, resident=share)
         for got, want in zip(logits(model), wanted, strict=True):
