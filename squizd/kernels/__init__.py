@@ -8,6 +8,8 @@ float32; which of them are used, and where, is the business of `layers`.
 from __future__ import annotations
 
 import os
+import sys
+from importlib.metadata import version as version_of
 from types import ModuleType
 
 _HINT = "python -m squizd.kernels.build"
@@ -16,6 +18,8 @@ _HINT = "python -m squizd.kernels.build"
 def _import() -> tuple[ModuleType | None, str]:
     if os.environ.get("SQUIZD_KERNELS") == "0":
         return None, "switched off by SQUIZD_KERNELS=0"
+    if sys.platform != "linux":
+        return None, "the kernels are for Linux"
     import mlx.core as mx
 
     try:
@@ -24,7 +28,7 @@ def _import() -> tuple[ModuleType | None, str]:
         if "_native" in str(error):
             return None, f"the kernels are not compiled ({_HINT})"
         return None, f"the compiled kernels do not load: {error} ({_HINT})"
-    version = mx.__version__.partition(".dev")[0]
+    version = version_of("mlx").partition(".dev")[0]
     if _native.mlx_version != version:
         return None, f"the kernels were compiled for MLX {_native.mlx_version}, {version} is installed ({_HINT})"
     try:  # another nanobind than MLX's own would not know its arrays

@@ -70,7 +70,13 @@ def build(target: Path) -> Path:
     sets = _SETS.get(platform.machine(), {"plain": []})
     compiler, mlx, nanobind = find_compiler(), find_mlx(), find_nanobind()
     python = [f"-I{sysconfig.get_path('include')}"]
-    binding = [f"-I{nanobind}/include", f"-I{nanobind}/ext/robin_map/include", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS", *python]
+    binding = [
+        f"-I{nanobind}/include",
+        f"-I{nanobind}/ext/robin_map/include",
+        "-DNB_DOMAIN=mlx",
+        "-DNB_COMPACT_ASSERTIONS",
+        *python,
+    ]
     jobs = {name: [*_COMMON, *_EXACT, *flags, str(SOURCES / "arithmetic.cpp")] for name, flags in sets.items()}
     jobs["choose"] = [*_COMMON, str(SOURCES / "choose.cpp")]
     jobs["work"] = [*_COMMON, str(SOURCES / "work.cpp")]

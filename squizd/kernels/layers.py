@@ -1,15 +1,15 @@
 """mlx-lm's and MLX's layers on the kernels: the same modules with the same parameters, another way to compute.
 
 A module changes its class to a subclass of its own that differs in `__call__` only. Whatever a kernel
-does not do (another type, another device, a bias inside a fused block) goes the old way. Three functions of `mx.fast`,
-which on CPU are dozens of small operations each, are replaced for the whole process: same results,
-same gradients, and what the kernels do not do goes to MLX's own.
+does not do (another type, another device, a bias inside a fused block) goes the old way. Three functions
+of `mx.fast`, which on CPU are dozens of small operations each, are replaced for the whole process: same
+results, same gradients, and what the kernels do not do goes to MLX's own.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +19,16 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU
 from . import native
 
 _fast: dict[str, Any] = {}  # MLX's own functions, once they are replaced
-_kernels: Any = None  # the extension while it is in use
+
+
+class _Nothing:
+    """In place of the extension: computes nothing, so MLX does."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+_kernels: Any = _Nothing()
 
 
 def _quantized(module: nn.Module) -> tuple[Any, ...]:
@@ -32,50 +41,64 @@ def _plain(module: nn.Module) -> tuple[Any, ...]:
 
 class _QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
-        out = _kernels and _kernels.linear(x, *_quantized(self))
+        out: mx.array | None = _kernels.linear(x, *_quantized(self))
         if out is None:
-            return super().__call__(x)
-        return out + self["bias"] if "bias" in self else out
+            out = super().__call__(x)
+        elif "bias" in self:
+            out = out + self["bias"]
+        return out
 
 
 class _Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
-        out = _kernels and _kernels.linear(x, *_plain(self))
+        out: mx.array | None = _kernels.linear(x, *_plain(self))
         if out is None:
-            return super().__call__(x)
-        return out + self["bias"] if "bias" in self else out
+            out = super().__call__(x)
+        elif "bias" in self:
+            out = out + self["bias"]
+        return out
 
 
 class _QuantizedEmbedding(nn.QuantizedEmbedding):
     def __call__(self, x: mx.array) -> mx.array:
-        out = _kernels and self["scales"].dtype == mx.float32 and _kernels.embed(x, *_quantized(self))
-        return super().__call__(x) if not isinstance(out, mx.array) else out
+        out: mx.array | None = _kernels.embed(x, *_quantized(self))
+        if out is None:
+            out = super().__call__(x)
+        return out
 
     def as_linear(self, x: mx.array) -> mx.array:
-        out = _kernels and _kernels.linear(x, *_quantized(self))
-        return super().as_linear(x) if out is None else out
+        out: mx.array | None = _kernels.linear(x, *_quantized(self))
+        if out is None:
+            out = super().as_linear(x)
+        return out
 
 
 class _Embedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
-        out = _kernels and _kernels.linear(x, *_plain(self))
-        return super().as_linear(x) if out is None else out
+        out: mx.array | None = _kernels.linear(x, *_plain(self))
+        if out is None:
+            out = super().as_linear(x)
+        return out
 
 
 class _QuantizedSwitchLinear(QuantizedSwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        out = _kernels and _kernels.expert_linear(x, indices, *_quantized(self))
+        out: mx.array | None = _kernels.expert_linear(x, indices, *_quantized(self))
         if out is None:
-            return super().__call__(x, indices, sorted_indices)
-        return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
+            out = super().__call__(x, indices, sorted_indices)
+        elif "bias" in self:
+            out = out + mx.expand_dims(self["bias"][indices], -2)
+        return out
 
 
 class _SwitchLinear(SwitchLinear):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        out = _kernels and _kernels.expert_linear(x, indices, *_plain(self))
+        out: mx.array | None = _kernels.expert_linear(x, indices, *_plain(self))
         if out is None:
-            return super().__call__(x, indices, sorted_indices)
-        return out + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else out
+            out = super().__call__(x, indices, sorted_indices)
+        elif "bias" in self:
+            out = out + mx.expand_dims(self["bias"][indices], -2)
+        return out
 
 
 class _SwitchGLU(SwitchGLU):
@@ -83,12 +106,13 @@ class _SwitchGLU(SwitchGLU):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         gate, up, down = self["gate_proj"], self["up_proj"], self["down_proj"]
-        if _kernels and type(self.activation) is SwiGLU and not ("bias" in gate or "bias" in up or "bias" in down):
+        out: mx.array | None = None
+        if type(self.activation) is SwiGLU and not ("bias" in gate or "bias" in up or "bias" in down):
             parts = [_quantized(m) if "scales" in m else _plain(m) for m in (gate, up, down)]
             out = _kernels.swiglu_experts(x, indices, *parts[0], *parts[1], *parts[2])
-            if out is not None:
-                return out
-        return super().__call__(x, indices)
+        if out is None:
+            out = super().__call__(x, indices)
+        return out
 
 
 _KINDS: dict[type, type] = {
@@ -103,11 +127,10 @@ _KINDS: dict[type, type] = {
 
 
 def _rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
-    if _kernels and stream is None:
-        out = _kernels.rms_norm(x, weight, eps)
-        if out is not None:
-            return out
-    return _fast["rms_norm"](x, weight, eps, stream=stream)
+    out: mx.array | None = _kernels.rms_norm(x, weight, eps) if stream is None else None
+    if out is None:
+        out = _fast["rms_norm"](x, weight, eps, stream=stream)
+    return out
 
 
 def _rope(
@@ -121,23 +144,22 @@ def _rope(
     freqs: mx.array | None = None,
     stream: Any = None,
 ) -> mx.array:
-    if _kernels and stream is None:
+    out: mx.array | None = None
+    if stream is None:
         out = _kernels.rope(a, dims, traditional, base, scale, offset, freqs)
-        if out is not None:
-            return out
-    return _fast["rope"](
-        a, dims, traditional=traditional, base=base, scale=scale, offset=offset, freqs=freqs, stream=stream
-    )
+    if out is None:
+        options = {"traditional": traditional, "base": base, "scale": scale, "offset": offset, "freqs": freqs}
+        out = _fast["rope"](a, dims, **options, stream=stream)
+    return out
 
 
 def _attention(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
 ) -> mx.array:
-    if _kernels and not options:
-        out = _kernels.attention(q, k, v, scale, mask, sinks)
-        if out is not None:
-            return out
-    return _fast["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+    out: mx.array | None = _kernels.attention(q, k, v, scale, mask, sinks) if not options else None
+    if out is None:
+        out = _fast["scaled_dot_product_attention"](q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+    return out
 
 
 _FUNCTIONS = {"rms_norm": _rms_norm, "rope": _rope, "scaled_dot_product_attention": _attention}
@@ -165,7 +187,7 @@ def adopt(model: nn.Module) -> bool:
 def switched_off() -> Iterator[None]:
     """Everything through MLX while inside: for comparison. Not for use while another thread computes."""
     global _kernels
-    before, _kernels = _kernels, None
+    before, _kernels = _kernels, _Nothing()
     try:
         yield
     finally:

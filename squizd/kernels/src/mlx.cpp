@@ -561,7 +561,7 @@ Optional expert_linear(const array& x, const array& ids, const array& w, const O
 
 Optional embed(const array& ids, const array& w, const Optional& scales, const Optional& biases, int group, int bits, const std::string& mode) {
   auto s = cpu_stream();
-  if (!s || !scales || w.ndim() != 2 || !mx::issubdtype(ids.dtype(), mx::integer)) return std::nullopt;
+  if (!s || !scales || !biases || w.ndim() != 2 || !mx::issubdtype(ids.dtype(), mx::integer)) return std::nullopt;
   Stored as;
   Arrays inputs{ids.dtype() == mx::uint32 ? ids : mx::astype(ids, mx::uint32)};
   const int width = bits ? int(int64_t(w.shape(1)) * 32 / bits) : 0;
