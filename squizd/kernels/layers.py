@@ -2,8 +2,8 @@
 
 A module changes its class to a subclass of its own that differs in `__call__` only. Whatever a kernel
 does not do (another type, another device, a bias inside a fused block) goes the old way. Three functions
-of `mx.fast`, which on CPU are dozens of small operations each, are replaced for the whole process: same
-results, same gradients, and what the kernels do not do goes to MLX's own.
+of `mx.fast`, which on CPU are dozens of small operations each, and the step of mlx-lm's usual cache are
+replaced for the whole process: same results, same gradients, and what the kernels do not do goes to MLX's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
 
 from . import native
@@ -115,6 +116,22 @@ class _SwitchGLU(SwitchGLU):
         return out
 
 
+class _RMSNorm(nn.RMSNorm):
+    def __call__(self, x: mx.array) -> mx.array:
+        out: mx.array | None = _kernels.rms_norm(x, self["weight"], self.eps)
+        if out is None:
+            out = super().__call__(x)
+        return out
+
+
+class _RoPE(nn.RoPE):
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        out: mx.array | None = _kernels.rope(x, self.dims, self.traditional, self.base, self.scale, offset, None)
+        if out is None:
+            out = super().__call__(x, offset)
+        return out
+
+
 _KINDS: dict[type, type] = {
     nn.QuantizedLinear: _QuantizedLinear,
     nn.Linear: _Linear,
@@ -123,6 +140,8 @@ _KINDS: dict[type, type] = {
     QuantizedSwitchLinear: _QuantizedSwitchLinear,
     SwitchLinear: _SwitchLinear,
     SwitchGLU: _SwitchGLU,
+    nn.RMSNorm: _RMSNorm,
+    nn.RoPE: _RoPE,
 }
 
 
@@ -162,6 +181,19 @@ def _attention(
     return out
 
 
+def _update_and_fetch(self: KVCache, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """KVCache.update_and_fetch where there is room: the same operations, built without Python's indexing."""
+    if self.keys is not None and self.values is not None:
+        k = _kernels.append(self.keys, keys, self.offset)
+        v = k and _kernels.append(self.values, values, self.offset)
+        if v:
+            self.offset += keys.shape[2]
+            self.keys, self.values = k[0], v[0]
+            return k[1], v[1]
+    out: tuple[mx.array, mx.array] = _fast["update_and_fetch"](self, keys, values)
+    return out
+
+
 _FUNCTIONS = {"rms_norm": _rms_norm, "rope": _rope, "scaled_dot_product_attention": _attention}
 
 
@@ -175,6 +207,8 @@ def adopt(model: nn.Module) -> bool:
         _fast.update({name: getattr(mx.fast, name) for name in _FUNCTIONS})
         for name, function in _FUNCTIONS.items():
             setattr(mx.fast, name, function)
+        _fast["update_and_fetch"] = KVCache.update_and_fetch
+        KVCache.update_and_fetch = _update_and_fetch
     _kernels = found
     for module in model.modules():
         kind = _KINDS.get(type(module))

@@ -4,6 +4,7 @@
 // Each function returns None for what it does not do (another device or type, odd strides): the caller then uses MLX.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -85,12 +86,25 @@ array dense(const array& a) {
   return a.status() != array::Status::unscheduled && a.flags().row_contiguous ? a : mx::contiguous(a);
 }
 
-float* scratch(mx::cpu::CommandEncoder& encoder, size_t floats) {
-  array memory(mx::allocator::malloc(floats * sizeof(float)), mx::Shape{int(std::min<size_t>(floats, 1 << 30))}, mx::float32);
-  float* at = memory.data<float>();
-  encoder.add_temporary(std::move(memory));
-  return at;
-}
+// Memory of one operation: large from MLX's allocator, so that it counts there; small from a buffer of the thread that
+// computes, because allocating a kilobyte costs as much as a small operation.
+struct Scratch {
+  static constexpr size_t SMALL = 1 << 16;
+  size_t floats;
+  float* large = nullptr;
+  Scratch(mx::cpu::CommandEncoder& encoder, size_t floats) : floats(floats) {
+    if (floats <= SMALL) return;
+    array memory(mx::allocator::malloc(floats * sizeof(float)), mx::Shape{int(std::min<size_t>(floats, 1 << 30))}, mx::float32);
+    large = memory.data<float>();
+    encoder.add_temporary(std::move(memory));
+  }
+  float* get() const {
+    thread_local std::vector<float> small;
+    if (large) return large;
+    if (small.size() < floats) small.resize(floats);
+    return small.data();
+  }
+};
 
 // `a` [b, h, l, d] itself, or a copy if the numbers of its rows do not lie side by side.
 array side_by_side(const array& a, mx::cpu::CommandEncoder& encoder) {
@@ -246,14 +260,14 @@ class Linear : public Replacement {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     const squizd::Matrix w = as_.matrix(in, 1);
     Rows x(in[0]);
-    float* memory = scratch(encoder, squizd::linear_floats(w, x.count));
+    const Scratch memory(encoder, squizd::linear_floats(w, x.count));
     encoder.dispatch([w, x = std::move(x), y = out.data<float>(), memory] {
       thread_local std::vector<const float*> rows;
       thread_local std::vector<float*> outs;
       x.list(rows);
       outs.resize(x.count);
       for (int i = 0; i < x.count; i++) outs[i] = y + size_t(i) * w.rows;
-      squizd::linear(engine(), w, rows.data(), x.stride, x.count, outs.data(), memory);
+      squizd::linear(engine(), w, rows.data(), x.stride, x.count, outs.data(), memory.get());
     });
   }
 
@@ -277,7 +291,7 @@ class ExpertLinear : public Replacement {
     const squizd::Experts w = experts(as_, in, 2);
     Rows x(in[0]);
     Ids ids(in[1]);
-    float* memory = scratch(encoder, squizd::expert_linear_floats(w, x.count));
+    const Scratch memory(encoder, squizd::expert_linear_floats(w, x.count));
     encoder.dispatch([w, x = std::move(x), ids = std::move(ids), y = out.data<float>(), memory] {
       thread_local std::vector<const float*> rows;
       thread_local std::vector<float*> outs;
@@ -286,7 +300,7 @@ class ExpertLinear : public Replacement {
       x.list(rows);
       outs.resize(x.count);
       for (int i = 0; i < x.count; i++) outs[i] = y + size_t(i) * w.first.rows;
-      squizd::expert_linear(engine(), w, rows.data(), x.stride, chosen, x.count, outs.data(), memory);
+      squizd::expert_linear(engine(), w, rows.data(), x.stride, chosen, x.count, outs.data(), memory.get());
     });
   }
 
@@ -321,13 +335,13 @@ class SwigluExperts : public Replacement {
     Rows x(in[0]);
     Ids ids(in[1]);
     const int choices = in[1].shape(-1);
-    float* memory = scratch(encoder, squizd::swiglu_experts_floats(gate, down, x.count, choices));
+    const Scratch memory(encoder, squizd::swiglu_experts_floats(gate, down, x.count, choices));
     encoder.dispatch([gate, up, down, x = std::move(x), ids = std::move(ids), choices, y = out.data<float>(), memory] {
       thread_local std::vector<const float*> rows;
       thread_local std::vector<uint32_t> copy;
       const uint32_t* chosen = ids.list(copy, gate.count);
       x.list(rows);
-      squizd::swiglu_experts(engine(), gate, up, down, rows.data(), x.stride, x.count, choices, chosen, y, memory);
+      squizd::swiglu_experts(engine(), gate, up, down, rows.data(), x.stride, x.count, choices, chosen, y, memory.get());
     });
   }
 
@@ -420,12 +434,12 @@ class Rope : public Replacement {
     const int32_t* offsets = offset_given_ ? in[1].data<int32_t>() : nullptr;
     const int step = offset_given_ && in[1].size() > 1 ? 1 : 0;
     const float* periods = int(in.size()) > at ? in[at].data<float>() : nullptr;
-    float* table = scratch(encoder, size_t(length + 1) * dims_);
+    const Scratch memory(encoder, size_t(length + 1) * dims_);
     encoder.dispatch([x = Rows(in[0]), y = out.data<float>(), half, length, width, batch, heads, offsets, step, periods,
-                      table, dims = dims_, traditional = traditional_, scale = scale_, base = base_.value_or(1), first = offset_] {
+                      memory, dims = dims_, traditional = traditional_, scale = scale_, base = base_.value_or(1), first = offset_] {
       thread_local std::vector<const float*> rows;
       x.list(rows);
-      float* speed = table + size_t(length) * dims;
+      float *table = memory.get(), *speed = table + size_t(length) * dims;
       for (int j = 0; j < half; j++)
         speed[j] = periods ? 1.f / periods[j] : float(std::exp(-double(j) / half * std::log(double(base))));
       for (int b = 0; b < batch; b++) {
@@ -655,6 +669,19 @@ Optional attention(const array& q, const array& k, const array& v, float scale, 
   return array(std::move(shape), mx::float32, std::make_shared<Attend>(*s, scale, causal, masked, sinks.has_value()), std::move(inputs));
 }
 
+// `cache[..., at : at + n, :] = fresh` and `cache[..., : at + n, :]`, as MLX's Python indexing builds them, without its cost.
+std::optional<std::pair<array, array>> append(const array& cache, const array& fresh, int at) {
+  if (!cpu_stream() || cache.ndim() != 4 || fresh.ndim() != 4 || cache.dtype() != fresh.dtype()) return std::nullopt;
+  for (int d : {0, 1, 3})
+    if (cache.shape(d) != fresh.shape(d)) return std::nullopt;
+  const int end = at + fresh.shape(2);
+  if (at < 0 || end > cache.shape(2)) return std::nullopt;
+  mx::Shape start{0, 0, at, 0}, stop = cache.shape();
+  stop[2] = end;
+  array whole = mx::slice_update(cache, fresh, start, stop);
+  return std::pair(whole, end == cache.shape(2) ? whole : mx::slice(whole, {0, 0, 0, 0}, stop));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -681,6 +708,7 @@ NB_MODULE(_native, m) {
   m.def("expert_linear", &expert_linear);
   m.def("swiglu_experts", &swiglu_experts);
   m.def("embed", &embed);
+  m.def("append", &append);
   m.def("rms_norm", &rms_norm, nb::arg(), nb::arg().none(), nb::arg());
   m.def("rope", &rope);
   m.def("attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
