@@ -1,4 +1,4 @@
-"""Decode and prefill on CPU: squizd's kernels, MLX's own arithmetic, and llama.cpp where it is installed; one run, interleaved.
+"""Decode and prefill on CPU: squizd's kernels, MLX's arithmetic, llama.cpp where installed; one run, interleaved.
 
     python benchmarks/cpu.py FILE.squizd [--gguf FILE.gguf ...] [--threads 2] [--rounds 5]
 

@@ -12,6 +12,7 @@ import sys
 from importlib.metadata import version as version_of
 from types import ModuleType
 
+_KEPT_PER_THREAD = 768 << 10  # decoded weights (four rows of up to 32,768), attention tiles, small buffers
 _HINT = "python -m squizd.kernels.build"
 
 
@@ -54,6 +55,12 @@ def missing() -> str:
     """Why the extension cannot be used here, in one line; "" if it can."""
     native()
     return _found[1] if _found else ""
+
+
+def scratch_bytes() -> int:
+    """An upper bound of what the threads keep between operations; what grows with the input comes from MLX's allocator."""
+    found = native()
+    return (found.threads() + 1) * _KEPT_PER_THREAD if found else 0
 
 
 def describe() -> str:

@@ -58,6 +58,11 @@ def accelerate(model: nn.Module) -> None:
         layers.adopt(model)
 
 
+def scratch_bytes() -> int:
+    """Memory that `accelerate` keeps besides MLX's own: part of a budget."""
+    return kernels.scratch_bytes() if sys.platform == "linux" and on_cpu() else 0
+
+
 def arithmetic() -> str:
     """What computes on this device, for a statistics line; a reason where squizd's kernels could and do not."""
     if sys.platform != "linux" or not on_cpu():

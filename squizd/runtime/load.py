@@ -180,7 +180,7 @@ def _demand(blueprint: Blueprint, needs: Needs, file: File) -> Demand:
             LayerDemand(x.layer.expert_count, k, x.slot_bytes)
             for x, k in zip(blueprint.layers, needs.top_k, strict=True)
         ],
-        staging=max([(READERS + 1) * size for size in experts] + once, default=0),
+        staging=max([(READERS + 1) * size for size in experts] + once, default=0) + device.scratch_bytes(),
         cache=needs.cache_bytes,
         workspace=needs.workspace_bytes,
     )
