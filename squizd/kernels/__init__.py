@@ -58,7 +58,7 @@ def missing() -> str:
 
 
 def scratch_bytes() -> int:
-    """An upper bound of what the threads keep between operations; what grows with the input comes from MLX's allocator."""
+    """An upper bound of what the threads keep between operations. What grows with the input is MLX's memory."""
     found = native()
     return (found.threads() + 1) * _KEPT_PER_THREAD if found else 0
 

@@ -81,7 +81,7 @@ def build(target: Path) -> Path:
     jobs["choose"] = [*_COMMON, str(SOURCES / "choose.cpp")]
     jobs["work"] = [*_COMMON, str(SOURCES / "work.cpp")]
     jobs["mlx"] = [*_COMMON, *binding, "-isystem", f"{mlx}/include", str(SOURCES / "mlx.cpp")]
-    jobs["nanobind"] = [*_COMMON, *binding, "-fno-strict-aliasing", str(nanobind / "src" / "nb_combined.cpp")]
+    jobs["nanobind"] = [*_COMMON, "-O1", *binding, "-fno-strict-aliasing", str(nanobind / "src" / "nb_combined.cpp")]
     with tempfile.TemporaryDirectory() as folder:
         objects = {name: f"{folder}/{name}.o" for name in jobs}
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

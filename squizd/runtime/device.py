@@ -53,7 +53,7 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
 
 
 def accelerate(model: nn.Module) -> None:
-    """Let squizd's own kernels compute what they can of `model`, where MLX's are slow: on Linux CPUs, if they are compiled."""
+    """Let squizd's kernels compute what they can of `model` where MLX's are slow: on Linux CPUs, if compiled."""
     if sys.platform == "linux" and on_cpu():
         layers.adopt(model)
 
