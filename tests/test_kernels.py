@@ -366,11 +366,10 @@ def test_everything_works_without_the_extension(tiny_file: Callable[..., Path], 
     without, usual = (cli.process(*args, env=cli.environment(SQUIZD_KERNELS=value)).success() for value in ("0", None))
     assert without.out == usual.out
     assert "MLX: switched off by SQUIZD_KERNELS=0" in without.err
-    expected = kernels.missing() or kernels.describe()
-    assert expected.partition(" (")[0] in usual.err or "MLX" in usual.err
+    assert "squizd kernels (" in usual.err or "MLX: the kernels" in usual.err
 
 
-def test_a_missing_extension_is_named_in_one_line() -> None:
+def test_a_missing_extension_is_named_in_one_line(cli: Any) -> None:
     code = (
         "import sys, importlib.abc\n"
         "class Block:\n"
@@ -380,7 +379,8 @@ def test_a_missing_extension_is_named_in_one_line() -> None:
         "from squizd import kernels\n"
         "print(kernels.missing()); print(kernels.native())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=cli.environment())
     assert done.stdout.splitlines() == ["the kernels are not compiled (python -m squizd.kernels.build)", "None"]
 
 
