@@ -1,4 +1,4 @@
-"""A Qwen3-MoE checkpoint as GGUF, for comparison with llama.cpp: `python benchmarks/gguf_file.py FOLDER OUT.gguf [F16|Q4_0]`.
+"""A Qwen3-MoE checkpoint as GGUF, for llama.cpp: `python benchmarks/gguf_file.py FOLDER OUT.gguf [F16|Q4_0]`.
 
 Weights only (the vocabulary is a list of placeholders): benchmarks/cpu.py feeds token ids. Needs `pip install gguf`;
 bfloat16 is read through its bits. Norms and routers stay float32, as llama.cpp keeps them.

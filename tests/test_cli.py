@@ -27,7 +27,7 @@ Make = Callable[..., Path]
 PROMPT = "The city was founded in"
 STATISTICS = re.compile(
     r"(\d+) \+ (\d+) tokens, [\d.]+ tokens/s, first token [\d.]+ s, hit rate ([\d.]+)%, "
-    r"[\d.]+ (?:B|kB|MB|GB) read, peak memory [\d.]+ (?:MB|GB)\n"
+    r"[\d.]+ (?:B|kB|MB|GB) read, peak memory [\d.]+ (?:MB|GB), (?:squizd kernels \(.+ threads\)|MLX.*)\n"
 )
 
 
