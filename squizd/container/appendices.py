@@ -6,6 +6,7 @@ nor reader holds more than a line. `check` is the deep validator's; `read_lines`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from .restricted import DocumentError
 VERSION = 1
 NAMES = {L.PROF: "profile", L.SPRS: "sparsity", L.DRFT: "draft"}
 
+_DIGEST = re.compile("[0-9a-f]{16}")  # XXH64
 Document = dict[str, Any]
 Lines = Iterator[Document]
 
@@ -137,7 +139,7 @@ def _is_sparse_expert(e: Any) -> bool:
         and all(_is_number(h) for h in e["histogram"])
         and isinstance(e.get("predictor"), dict)
         and isinstance(e["predictor"].get("kind"), str)
-        and isinstance(e.get("digest"), str)
+        and _is_digest(e.get("digest"))
     )
 
 
@@ -184,7 +186,7 @@ def draft_tensors(contents: Contents) -> dict[str, int]:
 
 
 def _is_draft_tensor(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("digest"), str)
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and _is_digest(value.get("digest"))
 
 
 # -- shared ----------------------------------------------------------------------------------------------
@@ -199,6 +201,10 @@ _CHECKS: dict[bytes, Callable[[Document, Lines, Contents], None]] = {
 def _require(fine: bool, code: str, message: str) -> None:
     if not fine:
         raise DocumentError(code, message)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _is_integer(value: Any) -> bool:
