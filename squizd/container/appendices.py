@@ -162,7 +162,7 @@ def _check_expert(e: Document, width: int, tensors: tuple[L.Tensor, ...], digest
 def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     layers, tensors = header.get("source_layers"), header.get("tensors")
     fine = _is_count(header.get("hidden")) and isinstance(header.get("kind"), str)
-    fine = fine and isinstance(layers, list) and bool(layers) and all(_is_integer(n) for n in layers)
+    fine = fine and isinstance(layers, list) and all(_is_integer(n) for n in layers)
     fine = fine and isinstance(tensors, list) and all(_is_draft_tensor(t) for t in tensors)
     _require(fine and next(lines, None) is None, "draft-type", "types, or more than one line")
     assert isinstance(layers, list)
@@ -172,8 +172,8 @@ def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     agrees = not _is_integer(hidden) or hidden == header["hidden"]
     _require(agrees, "draft-hidden", f"hidden {header['hidden']}, the model has {hidden}")
     ascending = all(a < b for a, b in pairwise(layers))
-    below = layers[0] >= 0 and (not _is_integer(count) or layers[-1] < count)
-    _require(ascending and below, "draft-source-layer", f"source layers {layers[:8]} of {count}")
+    below = layers and layers[0] >= 0 and (not _is_integer(count) or layers[-1] < count)
+    _require(bool(ascending and below), "draft-source-layer", f"source layers {layers[:8]} of {count}")
     stored = draft_tensors(contents)
     _require([t["name"] for t in tensors] == list(stored), "draft-tensors", "not the tensors of role draft")
     for t in tensors:
