@@ -21,6 +21,7 @@ from squizd.errors import FormatError, SquizdError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import make_fixtures
+from vectors import build, valid, zstd
 
 ROOT = Path(__file__).parent.parent
 VALID, INVALID = ROOT / "fixtures" / "valid", ROOT / "fixtures" / "invalid"
@@ -194,6 +195,34 @@ def test_readers_refuse_what_only_the_payload_shows() -> None:
             for layer in f.moe_layers:
                 for i in range(layer.expert_count):
                     f.read_expert(layer.layer, i)
+
+
+def profile_in_a_frame(content: bytes, frame: bytes) -> bytes:
+    """The file of all appendices with another profile."""
+    spec = valid.MAKERS["appendices"]()
+    spec.appendices[0].content, spec.appendices[0].coded = content, build.Coded(frame)
+    return build.seal(build.lay_out(spec))
+
+
+@pytest.mark.parametrize(
+    ("content", "frame", "code"),
+    [
+        (b"{}", zstd.header(2) + zstd.blocks(b"{}") + b"\0\0\0\0", "zstd-checksum"),  # not json-syntax
+        (b"{}\n", zstd.frame(b"{}\n") + b"\0", "zstd-trailing"),
+        (b"{}\n", zstd.frame(b"{}\n"), "appendix-header"),
+    ],
+)
+def test_a_frame_is_checked_before_its_lines(tmp_path: Path, content: bytes, frame: bytes, code: str) -> None:
+    (tmp_path / "x.squizd").write_bytes(profile_in_a_frame(content, frame))
+    assert [e.code for e in validate(tmp_path / "x.squizd", deep=True).errors] == [code]
+
+
+@pytest.mark.parametrize(("digest", "code"), [("0" * 16, "sparsity-digest"), ("A" * 16, "sparsity-type")])
+def test_a_digest_is_sixteen_digits_before_it_is_compared(tmp_path: Path, digest: str, code: str) -> None:
+    spec = valid.MAKERS["appendices"]()
+    spec.appendices[1].content = valid.sparsity(spec, digest=digest)
+    (tmp_path / "x.squizd").write_bytes(build.seal(build.lay_out(spec)))
+    assert [e.code for e in validate(tmp_path / "x.squizd", deep=True).errors] == [code]
 
 
 # -- all of them ---------------------------------------------------------------------------------------------

@@ -67,7 +67,12 @@ CONFIG: dict[str, Any] = {  # the key names of published checkpoints; every matr
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-COMMON_WORDS = frozenset(("the", "of", "and", "to", "in", "is", "that", "it", "for", "was", "on", "with", "as", "his", "he", "be", "at"))
+COMMON_WORDS = frozenset(
+    (
+        "the", "of", "and", "to", "in", "a", "is", "that", "it", "for",
+        "was", "on", "with", "as", "his", "he", "be", "at", "by", "this",
+    )
+)  # fmt: skip
 PROMPTS = [  # written for this file, so no model has seen them; cut to the token count beside each
     ("The old man walked slowly along the river, and when he came to the bridge he", 12),
     (

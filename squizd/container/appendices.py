@@ -6,6 +6,7 @@ nor reader holds more than a line. `check` is the deep validator's; `read_lines`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from .restricted import DocumentError
 VERSION = 1
 NAMES = {L.PROF: "profile", L.SPRS: "sparsity", L.DRFT: "draft"}
 
+_DIGEST = re.compile("[0-9a-f]{16}")  # XXH64
 Document = dict[str, Any]
 Lines = Iterator[Document]
 
@@ -137,7 +139,7 @@ def _is_sparse_expert(e: Any) -> bool:
         and all(_is_number(h) for h in e["histogram"])
         and isinstance(e.get("predictor"), dict)
         and isinstance(e["predictor"].get("kind"), str)
-        and isinstance(e.get("digest"), str)
+        and _is_digest(e.get("digest"))
     )
 
 
@@ -160,7 +162,7 @@ def _check_expert(e: Document, width: int, tensors: tuple[L.Tensor, ...], digest
 def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     layers, tensors = header.get("source_layers"), header.get("tensors")
     fine = _is_count(header.get("hidden")) and isinstance(header.get("kind"), str)
-    fine = fine and isinstance(layers, list) and bool(layers) and all(_is_integer(n) for n in layers)
+    fine = fine and isinstance(layers, list) and all(_is_integer(n) for n in layers)
     fine = fine and isinstance(tensors, list) and all(_is_draft_tensor(t) for t in tensors)
     _require(fine and next(lines, None) is None, "draft-type", "types, or more than one line")
     assert isinstance(layers, list)
@@ -170,8 +172,8 @@ def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     agrees = not _is_integer(hidden) or hidden == header["hidden"]
     _require(agrees, "draft-hidden", f"hidden {header['hidden']}, the model has {hidden}")
     ascending = all(a < b for a, b in pairwise(layers))
-    below = layers[0] >= 0 and (not _is_integer(count) or layers[-1] < count)
-    _require(ascending and below, "draft-source-layer", f"source layers {layers[:8]} of {count}")
+    below = layers and layers[0] >= 0 and (not _is_integer(count) or layers[-1] < count)
+    _require(bool(ascending and below), "draft-source-layer", f"source layers {layers[:8]} of {count}")
     stored = draft_tensors(contents)
     _require([t["name"] for t in tensors] == list(stored), "draft-tensors", "not the tensors of role draft")
     for t in tensors:
@@ -184,7 +186,7 @@ def draft_tensors(contents: Contents) -> dict[str, int]:
 
 
 def _is_draft_tensor(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("digest"), str)
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and _is_digest(value.get("digest"))
 
 
 # -- shared ----------------------------------------------------------------------------------------------
@@ -199,6 +201,10 @@ _CHECKS: dict[bytes, Callable[[Document, Lines, Contents], None]] = {
 def _require(fine: bool, code: str, message: str) -> None:
     if not fine:
         raise DocumentError(code, message)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 def _is_integer(value: Any) -> bool:

@@ -208,7 +208,7 @@ STAGES: Final[dict[str, dict[str, str]]] = {
         "sparsity-digest": "digest is that of the expert's record",
         "draft-type": "a draft head has the members and types of its schema",
         "draft-hidden": "hidden is the model's hidden_size",
-        "draft-source-layer": "source layers ascend strictly and are below the model's num_hidden_layers",
+        "draft-source-layer": "there are source layers, strictly ascending, all below the model's num_hidden_layers",
         "draft-tensors": "a draft head lists exactly the resident tensors of role draft, in file order",
         "draft-digest": "a tensor's digest is that of its record",
     },

@@ -113,11 +113,10 @@ def _check_appendix(fd: int, section: L.Section, at: int, contents: Contents) ->
         yield Fault("section-digest", at + 40, f"{label} does not match its digest")
         return
     try:
+        for _ in _decoded(fd, section):  # the whole frame first: lines mean nothing if it is damaged
+            pass
         if section.type in appendices.NAMES:
             appendices.check(section.type, appendices.read_lines(_decoded(fd, section)), contents)
-        else:
-            for _ in _decoded(fd, section):
-                pass
     except (FrameError, DocumentError) as error:
         yield Fault(error.code, section.offset, f"{label}: {error}")
 

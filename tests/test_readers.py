@@ -1,0 +1,102 @@
+"""The two readers written from the specification alone agree with the vectors and with the package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+READERS, VALID, INVALID = ROOT / "tools" / "readers", ROOT / "fixtures" / "valid", ROOT / "fixtures" / "invalid"
+RULES: list[dict[str, Any]] = json.loads((INVALID / "index.json").read_text("utf-8"))
+NEEDS_ZSTD = {"zstd-corrupt", "zstd-checksum"}  # found only by decoding a frame
+HAS_ZSTD = sys.version_info >= (3, 14)
+
+Command = list[str]
+
+
+@pytest.fixture(scope="session")
+def c_reader(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """reader.c, compiled without libzstd: that header is on few machines."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler on this machine")
+    out = tmp_path_factory.mktemp("readers") / "reader"
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-DNO_ZSTD"]
+    subprocess.run([compiler, *flags, str(READERS / "reader.c"), "-o", str(out), "-lm"], check=True)
+    return [str(out)]
+
+
+@pytest.fixture(scope="session", params=["c", "python"])
+def reader(request: pytest.FixtureRequest) -> Command:
+    """Each reader's command."""
+    if request.param == "python":
+        return [sys.executable, str(READERS / "reader.py")]
+    command: Command = request.getfixturevalue("c_reader")
+    return command
+
+
+def verdicts(reader: Command, paths: list[Path]) -> dict[str, str]:
+    """What `verify` says of each file."""
+    done = subprocess.run([*reader, "verify", *map(str, paths)], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    found = {}
+    for line in done.stdout.splitlines():
+        path, separator, verdict = line.rpartition(".squizd: ")
+        if separator:
+            found[Path(path).name] = verdict
+    return found
+
+
+def test_valid_vectors_are_valid(reader: Command) -> None:
+    paths = sorted(VALID.glob("*.squizd"))
+    found = verdicts(reader, paths)
+    for path in paths:
+        verdict = found.get(path.stem, "cannot read: built without zstd")
+        assert verdict.startswith(("valid", "cannot read")), (path.stem, verdict)
+    assert sum(v == "valid" for v in found.values()) >= 10
+
+
+def test_every_broken_rule_is_found_by_its_code(reader: Command) -> None:
+    found = verdicts(reader, [INVALID / rule["file"] for rule in RULES])
+    wrong = {}
+    for rule in RULES:
+        verdict = found.get(Path(rule["file"]).stem, "")
+        if verdict.split()[:2] != ["invalid", rule["code"]] and not (rule["code"] in NEEDS_ZSTD and not HAS_ZSTD):
+            wrong[rule["file"]] = verdict
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["toy", "all-affine", "microscaling-modes", "layouts", "dense"])
+def test_values_are_those_of_the_vectors(reader: Command, name: str) -> None:
+    """Resident tensors and experts, number for number, against NAME.npy."""
+    facts, values = json.loads((VALID / f"{name}.json").read_text("utf-8")), np.load(VALID / f"{name}.npy")
+    path = str(VALID / f"{name}.squizd")
+    for tensor in facts["residents"][:6]:
+        if "values" in tensor:
+            span = tensor["values"]
+            got = numbers(reader, "tensor", path, tensor["name"])
+            same(got, values[span["start"] : span["start"] + span["count"]])
+    for expert in facts["experts"][:2]:
+        wanted = [values[t["values"]["start"] :][: t["values"]["count"]] for t in expert["tensors"] if "values" in t]
+        same(numbers(reader, "expert", path, str(expert["layer"]), str(expert["expert"])), np.concatenate(wanted))
+
+
+def numbers(reader: Command, *arguments: str) -> np.ndarray:
+    """The hexadecimal floats that a reader prints, one on a line."""
+    done = subprocess.run([*reader, *arguments], capture_output=True, text=True, timeout=60, check=True)
+    lines = (line.strip() for line in done.stdout.splitlines())
+    floats = [float.fromhex(line) for line in lines if line.lstrip("-").startswith(("0x", "nan", "inf"))]
+    return np.array(floats, np.float32)
+
+
+def same(got: np.ndarray, wanted: np.ndarray) -> None:
+    assert got.shape == wanted.shape
+    np.testing.assert_array_equal(got, wanted)
+    assert np.array_equal(np.signbit(got), np.signbit(wanted))
