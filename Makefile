@@ -1,7 +1,7 @@
 # make demo   environment, install, compress the fixture, run it with a quarter of its experts in memory
 # make test   environment, install, every check
 # make check  ruff, mypy, pytest in the environment that is there
-# make kernels     compile the kernels in place, after changing squizd/kernels/src
+# make kernels     compile the experimental kernels for Linux CPUs, and check everything with them (SQUIZD_KERNELS=1)
 # make sanitize    the kernels' own check under the address and undefined-behaviour sanitizers, then with threads checked
 # make check-neon  the same check for 64-bit ARM under an emulator (g++-aarch64-linux-gnu, qemu-user)
 # On Linux MLX computes on one of two backends: make BACKEND=cpu or BACKEND=cuda (default: cuda where an NVIDIA driver answers).
@@ -35,8 +35,9 @@ lint:
 	$(BIN)/ruff format --check squizd tests tools benchmarks
 	$(BIN)/mypy
 
-kernels:
+kernels: $(VENV)/installed
 	$(BIN)/python -m squizd.kernels.build
+	SQUIZD_KERNELS=1 $(BIN)/python -m pytest
 
 SRC := squizd/kernels/src
 NATIVE := $(SRC)/work.cpp $(SRC)/choose.cpp tests/native/check.cpp

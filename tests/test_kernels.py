@@ -361,12 +361,12 @@ def test_switch_linear_of_floats(native: ModuleType) -> None:
 # -- without them --------------------------------------------------------------------------------------------
 
 
-def test_everything_works_without_the_extension(tiny_file: Callable[..., Path], cli: Any) -> None:
+def test_they_are_off_unless_asked_for(tiny_file: Callable[..., Path], cli: Any) -> None:
     args = ["run", tiny_file(), "--no-chat", "-n", "5", "-p", "The city"]
-    without, usual = (cli.process(*args, env=cli.environment(SQUIZD_KERNELS=value)).success() for value in ("0", None))
-    assert without.out == usual.out
-    assert "MLX: switched off by SQUIZD_KERNELS=0" in without.err
-    assert "squizd kernels (" in usual.err or "MLX: the kernels" in usual.err
+    usual, asked = (cli.process(*args, env=cli.environment(SQUIZD_KERNELS=value)).success() for value in (None, "1"))
+    assert usual.out == asked.out
+    assert usual.err.endswith(", MLX\n")
+    assert "squizd kernels (" in asked.err or "MLX: the kernels" in asked.err
 
 
 def test_a_missing_extension_is_named_in_one_line(cli: Any) -> None:
@@ -380,10 +380,11 @@ def test_a_missing_extension_is_named_in_one_line(cli: Any) -> None:
         "print(kernels.missing()); print(kernels.native())\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=cli.environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=cli.environment(SQUIZD_KERNELS="1"))
     assert done.stdout.splitlines() == ["the kernels are not compiled (python -m squizd.kernels.build)", "None"]
 
 
 def test_the_statistics_say_what_computes() -> None:
     said = device.arithmetic()
-    assert said == (f"MLX: {kernels.missing()}" if kernels.missing() else kernels.describe())
+    why_not = f"MLX: {kernels.missing()}" if kernels.wanted() else "MLX"
+    assert said == (why_not if kernels.missing() else kernels.describe())

@@ -1,8 +1,10 @@
 """Fast arithmetic for MLX on Linux CPUs: quantized and plain linear layers, experts, attention, norms, rotations.
 
-A compiled extension (`src/`, built by `build.py`) that may be absent: then `missing()` says what is, in
-one line, and everything runs through MLX. The extension's operations are lazy MLX operations in
-float32; which of them are used, and where, is the business of `layers`.
+Experimental, and off unless SQUIZD_KERNELS=1: sums are added in another order than MLX's, so answers differ
+from mlx-lm's in the last bits (paged and resident stay the same). A compiled extension (`src/`, built by
+`python -m squizd.kernels.build`) that may be absent: then `missing()` says what is, in one line, and
+everything runs through MLX. The extension's operations are lazy MLX operations in float32; which of
+them are used, and where, is the business of `layers`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,14 @@ _KEPT_PER_THREAD = 768 << 10  # decoded weights (four rows of up to 32,768), att
 _HINT = "python -m squizd.kernels.build"
 
 
+def wanted() -> bool:
+    """Whether the user asked for the kernels."""
+    return os.environ.get("SQUIZD_KERNELS") == "1"
+
+
 def _import() -> tuple[ModuleType | None, str]:
-    if os.environ.get("SQUIZD_KERNELS") == "0":
-        return None, "switched off by SQUIZD_KERNELS=0"
+    if not wanted():
+        return None, "off; SQUIZD_KERNELS=1 turns them on"
     if sys.platform != "linux":
         return None, "the kernels are for Linux"
     import mlx.core as mx

@@ -1,7 +1,7 @@
-"""Compile the kernels: `python -m squizd.kernels.build`, also called when the package is built.
+"""Compile the kernels in place: `python -m squizd.kernels.build`.
 
 Needs a C++20 compiler, nanobind, and the headers that MLX's own wheel ships. Knows nothing of the
-rest of the package (setup.py loads it by path) and imports no MLX.
+rest of the package and imports no MLX.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def scratch_bytes() -> int:
 
 def arithmetic() -> str:
     """What computes on this device, for a statistics line; a reason where squizd's kernels could and do not."""
-    if sys.platform != "linux" or not on_cpu():
+    if sys.platform != "linux" or not on_cpu() or not kernels.wanted():
         return "MLX"
     reason = kernels.missing()
     return f"MLX: {reason}" if reason else kernels.describe()
