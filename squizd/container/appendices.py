@@ -164,7 +164,7 @@ def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     fine = _is_count(header.get("hidden")) and isinstance(header.get("kind"), str)
     fine = fine and isinstance(layers, list) and all(_is_integer(n) for n in layers)
     fine = fine and isinstance(tensors, list) and all(_is_draft_tensor(t) for t in tensors)
-    _require(fine and next(lines, None) is None, "draft-type", "types, or more than one line")
+    _require(fine, "draft-type", "types")
     assert isinstance(layers, list)
     assert isinstance(tensors, list)
     config = contents.metadata["model"]["config"]
@@ -178,6 +178,7 @@ def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     _require([t["name"] for t in tensors] == list(stored), "draft-tensors", "not the tensors of role draft")
     for t in tensors:
         _require(t["digest"] == f"{stored[t['name']]:016x}", "draft-digest", f"{L.printable(t['name'])}: digest")
+    _require(next(lines, None) is None, "draft-type", "more than one line")
 
 
 def draft_tensors(contents: Contents) -> dict[str, int]:

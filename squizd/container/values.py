@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +18,22 @@ from .layout import LARGEST, LARGEST_E8M0, Tensor
 Block = npt.NDArray[np.uint8]  # [records, bytes]
 _WIDTHS = {"f32": 4, "f16": 2, "bf16": 2}
 _INFINITY = {"f32": 0x7F800000, "f16": 0x7C00, "bf16": 0x7F80}
+_MANTISSA = {"f32": 23, "f16": 10, "bf16": 7}  # bits
 _E4M3_NAN = 0x7F
 _E8M0_NAN = 0xFF
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Bytes start to end of a record whose largest magnitude is wanted: `width` 0 means padding."""
+class _Span(NamedTuple):
+    """Bytes start to end of a record whose largest magnitude is wanted: `width` 0 means padding.
+
+    A magnitude up to `harmless` breaks no rule, whatever the other parts hold.
+    """
 
     start: int
     end: int
     width: int
     signed: bool
+    harmless: int
 
 
 class Scan:
@@ -43,20 +47,26 @@ class Scan:
         for i, tensor in enumerate(tensors):
             for part, offset, size in tensor.parts:
                 if offset > end:
-                    self._spans.append(_Span(end, offset, 0, False))
+                    self._spans.append(_Span(end, offset, 0, False, 0))
                 end = offset + size
-                width, signed = _number(tensor, part)
+                width, signed, harmless = _number(tensor, part)
                 if width:
                     self._at[i, part] = len(self._spans)
-                    self._spans.append(_Span(offset, end, width, signed))
+                    self._spans.append(_Span(offset, end, width, signed, harmless))
         self._extremes = [0] * len(self._spans)
-
-    def __bool__(self) -> bool:
-        return bool(self._spans)
+        self._merged: list[_Span] = []
+        for span in self._spans:
+            if self._merged and self._merged[-1][1:] == (span.start, *span[2:]):
+                span = span._replace(start=self._merged.pop().start)
+            self._merged.append(span)
 
     def clear(self) -> None:
         """Forget what was seen."""
         self._extremes = [0] * len(self._spans)
+
+    def harmless(self, block: Block) -> bool:
+        """Whether a quick look at whole records, one a row, shows that they break no rule."""
+        return all(_extreme(block[:, s.start : s.end], s) <= s.harmless for s in self._merged)
 
     def see(self, block: Block, position: int = 0) -> None:
         """Take in bytes `position` and on of each record, one record a row. `position` is a multiple of 64."""
@@ -103,16 +113,17 @@ class Scan:
         return self._extremes[self._at[i, part]]
 
 
-def _number(tensor: Tensor, part: str) -> tuple[int, bool]:
-    """(bytes of a number, whether it has a sign) of a part whose values have rules; (0, False) otherwise."""
-    mode = tensor.encoding.mode
+def _number(tensor: Tensor, part: str) -> tuple[int, bool, int]:
+    """(bytes of a number, whether it has a sign, harmless magnitude) of a part whose values have rules; or zeros."""
+    mode, dtype = tensor.encoding.mode, tensor.encoding.dtype
     if mode == "affine" and part != "codes":
-        return _WIDTHS[tensor.encoding.dtype], True
+        # 2^-10 of what overflows: times any code of up to 8 bits, plus a bias, it does not
+        return _WIDTHS[dtype], True, _INFINITY[dtype] - (10 << _MANTISSA[dtype])
     if mode in LARGEST_E8M0 and part == "scales":
-        return 1, False
+        return 1, False, LARGEST_E8M0[mode][dtype]
     if (mode, part) in (("mxfp8", "codes"), ("nvfp4", "scales")):
-        return 1, True
-    return 0, False
+        return 1, True, _E4M3_NAN - 1
+    return 0, False, 0
 
 
 def _extreme(piece: Block, span: _Span) -> int:

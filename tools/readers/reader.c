@@ -1009,8 +1009,8 @@ static void check_residents(Reader *r) {
     need(r, end == end_of(r, RESD), "record-range", end);
 }
 
-/* Section 12: modules with a smaller rank first, in each its weight first. */
-static bool in_order(Bytes name, int *top, bool *seen) {
+/* Section 12: modules with a smaller rank first, in each rank the weights first. */
+static bool in_order(Bytes name, int *top) {
     static const struct { const char *name; int rank; } modules[] = {
         {"gate_proj", 0}, {"up_proj", 1}, {"down_proj", 2}, {"fc1", 0}, {"fc2", 1}};
     const uint8_t *dot = memchr(name.p, '.', name.n);
@@ -1018,10 +1018,9 @@ static bool in_order(Bytes name, int *top, bool *seen) {
     Bytes rest = {name.p + module.n + 1, dot ? name.n - module.n - 1 : 0};
     for (int m = 0; m < 5; m++) {
         if (!equals(module, modules[m].name)) continue;
-        bool late_weight = seen[m] && dot && equals(rest, "weight");
-        if (modules[m].rank < *top || late_weight) return false;
-        *top = modules[m].rank;
-        seen[m] = true;
+        int place = 2 * modules[m].rank + !(dot && equals(rest, "weight"));
+        if (place < *top) return false;
+        *top = place;
     }
     return true;
 }
@@ -1031,7 +1030,6 @@ static void check_layouts(Reader *r) {
     for (uint32_t i = 0; i < r->n[LAYT]; i++) {
         Layout l = layout_at(r, i);
         uint64_t at = r->by_type[LAYT]->offset + 8 + 16 * (uint64_t)i, end = 0;
-        bool seen[5] = {false};
         int top = 0;
         need(r, l.first == taken && l.count <= r->layout_tensors - taken, "layout-range", at);
         need(r, l.count > 0, "layout-empty", at + 4);
@@ -1040,7 +1038,7 @@ static void check_layouts(Reader *r) {
             const uint8_t *p = layout_tensor(r, l.first + j);
             check_tensor(r, p, true, &end);
             need(r, j != twice, "name-duplicate", place(r, p));
-            need(r, in_order(name_of(r, p), &top, seen), "layout-order", place(r, p));
+            need(r, in_order(name_of(r, p), &top), "layout-order", place(r, p));
         }
         need(r, l.raw == end, "layout-raw-size", at + 8);
         taken += l.count;
@@ -1461,6 +1459,7 @@ static void check_coactivation(Reader *r, const Node *pairs, const Node *counts,
 
 static void check_profile_line(Reader *r, Appendix *a, const Node *root) {
     static const char code[] = "profile-type";
+    need(r, a->module < r->n[MOEL], "profile-layers", r->document_at);
     need(r, has_type(root, T_OBJECT), code, r->document_at);
     const Node *layer = required(r, root, "layer", T_COUNT, code);
     const Node *counts = array(r, root, "counts", T_INTEGER, code), *mass = array(r, root, "gate_mass", T_NUMBER, code);
@@ -1470,9 +1469,8 @@ static void check_profile_line(Reader *r, Appendix *a, const Node *root) {
         for (const Node *m = first(r, p); m; m = next(r, m))
             need(r, has_type(m, T_INTEGER), code, document_place(r, m->at));
     }
-    Module m = {0};
-    if (a->module < r->n[MOEL]) m = module_at(r, a->module);
-    bool fits = m.experts && layer->i == m.layer && counts->count == m.experts && mass->count == m.experts;
+    Module m = module_at(r, a->module);
+    bool fits = layer->i == m.layer && counts->count == m.experts && mass->count == m.experts;
     need(r, fits, "profile-layers", document_place(r, layer->at));
     for (const Node *c = first(r, counts); c; c = next(r, c))
         need(r, c->i >= 0 && c->i <= a->tokens, "profile-count", document_place(r, c->at));
@@ -1484,11 +1482,11 @@ static void check_profile_line(Reader *r, Appendix *a, const Node *root) {
 
 static bool width_fits(const Reader *r, const Record *x, int64_t width) {
     Layout l = layout_at(r, x->layout);
-    for (int pass = 0; pass < 2; pass++)
-        for (uint32_t j = 0; j < l.count; j++) {
-            Tensor t = read_tensor(r, layout_tensor(r, l.first + j));
-            if (equals(t.name, pass ? "fc1.weight" : "up_proj.weight")) return t.shape[0] == (uint64_t)width;
-        }
+    for (uint32_t j = 0; j < l.count; j++) {
+        Tensor t = read_tensor(r, layout_tensor(r, l.first + j));
+        bool up = equals(t.name, "up_proj.weight") || equals(t.name, "fc1.weight");
+        if (up && t.shape[0] != (uint64_t)width) return false;
+    }
     return true;
 }
 
@@ -1511,6 +1509,7 @@ static void check_sparse_expert(Reader *r, const Node *e, const Record *x, int64
 
 static void check_sparsity_line(Reader *r, Appendix *a, const Node *root) {
     static const char code[] = "sparsity-type";
+    need(r, a->module < r->n[MOEL], "sparsity-layers", r->document_at);
     need(r, has_type(root, T_OBJECT), code, r->document_at);
     const Node *layer = required(r, root, "layer", T_COUNT, code), *width = required(r, root, "width", T_COUNT, code);
     const Node *experts = array(r, root, "experts", T_OBJECT, code);
@@ -1521,9 +1520,8 @@ static void check_sparsity_line(Reader *r, Appendix *a, const Node *root) {
         required(r, required(r, e, "predictor", T_OBJECT, code), "kind", T_STRING, code);
         required(r, e, "digest", T_DIGEST, code);
     }
-    Module m = {0};
-    if (a->module < r->n[MOEL]) m = module_at(r, a->module);
-    bool fits = m.experts && layer->i == m.layer && experts->count == m.experts;
+    Module m = module_at(r, a->module);
+    bool fits = layer->i == m.layer && experts->count == m.experts;
     need(r, fits, "sparsity-layers", document_place(r, layer->at));
     for (const Node *e = first(r, experts); e; e = next(r, e)) {
         Record x = read_record(expert_at(r, a->expert++) + 8);
@@ -1540,7 +1538,7 @@ static uint32_t next_draft(const Reader *r, uint32_t i) {
 
 static void check_draft(Reader *r, const Node *root) {
     static const char code[] = "draft-type";
-    need(r, equals(required(r, root, "kind", T_STRING, code)->text, "eagle"), code, r->document_at);
+    required(r, root, "kind", T_STRING, code);
     const Node *hidden = required(r, root, "hidden", T_COUNT, code);
     const Node *layers = array(r, root, "source_layers", T_INTEGER, code);
     const Node *tensors = array(r, root, "tensors", T_OBJECT, code);

@@ -496,15 +496,13 @@ class File:
             start, taken = s.offset + 8 + 16 * count, 0
             for at, (first, number, raw) in self.rows(s.offset + 8, start, "IIQ"):
                 check(at, layout_range=first == taken and first + number <= total, layout_empty=number)
-                names, modules, top, end = dict[str, Any](), set(), -1, 0
+                names, top, end = dict[str, Any](), (0, False), 0
                 for place, fields in self.rows(start + 96 * first, start + 96 * (first + number), TENSOR):
                     tensor, end = self.tensor(place, fields, end, names, True)
                     module, _, rest = tensor.name.partition(".")
-                    rank = RANKS.get(module)
-                    late = rest == "weight" and module in modules
-                    check(place, layout_order=rank is None or (rank >= top and not late))
-                    names[tensor.name], top = tensor, top if rank is None else rank
-                    modules.add(module)
+                    rank = (RANKS[module], rest != "weight") if module in RANKS else top
+                    check(place, layout_order=rank >= top)
+                    names[tensor.name], top = tensor, rank
                 check(at, layout_raw_size=raw == end)
                 self.layouts.append((raw, names))
                 taken += number
@@ -644,14 +642,14 @@ class File:
         for line in lines:
             if not ours:
                 continue
-            check(at, **{kind + "_type": kind in LINES and fits(line, LINES[kind])})
             m: Any = next(modules, None)
+            check(at, **{kind + "_layers": kind == "draft" or m})
+            check(at, **{kind + "_type": kind in LINES and fits(line, LINES[kind])})
             values = line["counts" if kind == "profile" else "experts"]
             check(
                 at,
                 **{
-                    kind + "_layers": m
-                    and line["layer"] == m.layer
+                    kind + "_layers": line["layer"] == m.layer
                     and len(values) == m.count
                     and len(line.get("gate_mass", values)) == m.count
                 },
@@ -667,14 +665,12 @@ class File:
                 )
                 continue
             width, records = line["width"], [self.expert(m.first + i) for i in range(m.count)]
-            for r in records:
-                layout = self.layouts[r.layout][1]
-                up = layout.get("up_proj.weight") or layout.get("fc1.weight")
-                check(at, sparsity_width=not up or up.shape[0] == width)
             for e, r in zip(values, records, strict=False):
                 edges, bars, c = e["boundaries"], e["histogram"], e["clusters"]
+                ups = [t for t in self.layouts[r.layout][1].values() if t.name in ("up_proj.weight", "fc1.weight")]
                 check(
                     at,
+                    sparsity_width=all(t.shape[0] == width for t in ups),
                     sparsity_clusters=1 <= c <= width,
                     sparsity_boundaries=len(edges) == c + 1
                     and edges[:1] == [0]
