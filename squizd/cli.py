@@ -258,6 +258,7 @@ def _statistics(session: Session, o: dict[str, Any]) -> None:
         f"{_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}, {session.state.arithmetic}",
         err=True,
     )
+    session.state.reset_stats()  # the next line of a chat counts the next answer
 
 
 def _peak_memory() -> int:
