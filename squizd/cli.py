@@ -289,12 +289,15 @@ def validate(file: str, deep: bool, as_json: bool) -> int:
         _fail(str(error), error.hint, 2)
     if as_json:
         errors = [fault._asdict() for fault in report.errors]
-        click.echo(json.dumps({"path": file, "deep": deep, "ok": report.ok, "errors": errors}))
+        facts = {"path": file, "deep": deep, "ok": report.ok, "complete": report.complete, "errors": errors}
+        click.echo(json.dumps(facts))
     elif report.ok:
         click.echo(f"{file}: valid{' (deep)' if deep else ''}")
     else:
         for fault in report.errors:
             click.echo(f"{file}: {fault.code} at byte {fault.offset}: {fault.message}", err=True)
+        if not report.complete:
+            click.echo(f"{file}: later checks were not made; there may be more", err=True)
     return 0 if report.ok else 1
 
 

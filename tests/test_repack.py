@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import squizd
+from squizd.container import Writer
+from squizd.container.layout import Encoding
 from squizd.errors import OutputError, RequestError
-from squizd.repack import repack, same_payload
+from squizd.repack import _plan, _records, repack, same_payload
 
 VALID = Path(__file__).parent.parent / "fixtures" / "valid"
 
@@ -79,6 +82,28 @@ def test_what_cannot_be_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is the file to repack"):
         repack(source, source, force=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_draft_head_is_carried_along_and_does_not_disturb_the_model(
+    tiny_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, again = tmp_path / "draft.squizd", tmp_path / "again.squizd"
+    with squizd.open(tiny_file()) as f:
+        plan = _plan(f, "raw", {b"DRFT": b'{"appendix":"draft","version":1}\n'})
+        plan.residents.append(("draft.fc.weight", "draft", Encoding("raw", "f32"), (2, 2)))
+        with Writer(out, plan) as writer:
+            records = list(_records(f))
+            for position, (tensors, record, what) in enumerate(records):
+                if position == len(f.residents):
+                    writer.write([[np.ones((2, 2), np.float32)]])
+                raw = f.read(record, what)
+                writer.write([[raw[at : at + size] for _, at, size in t.parts] for t in tensors])
+            writer.finish()
+    repack(out, again, codec="zstd")
+    with squizd.open(again) as f:
+        assert f.array("draft.fc.weight").tolist() == [[1, 1], [1, 1]]
+    ids = mx.array([[3, 4, 5]])
+    assert mx.array_equal(squizd.load(again)[0](ids), squizd.load(tiny_file())[0](ids))
 
 
 def test_same_payload_sees_one_changed_value(tiny_file: Callable[..., Path]) -> None:

@@ -277,3 +277,9 @@ def test_moe_82m_gives_mlx_lm_logits_at_any_share(tmp_path: Path) -> None:
         paged = load_model(file, resident=share)
         for text, want in zip(texts, wanted, strict=True):
             np.testing.assert_array_equal(np.array(paged(text)), want, err_msg=share)
+
+
+def test_a_member_of_a_set_is_refused() -> None:
+    path = Path(__file__).parent.parent / "fixtures" / "valid" / "set-0.squizd"
+    with pytest.raises(SourceError, match="one of a set of 2 files"):
+        load_model(path)

@@ -97,6 +97,9 @@ def draw(file: File) -> Blueprint:
         raise SourceError(f"{file.path}: the metadata holds no model config")
     if config.get("quantize_activations"):
         raise SourceError(f"{file.path} asks for quantized activations, which squizd cannot run")
+    members = file.metadata.get("set", {}).get("count", 1)
+    if members > 1:
+        raise SourceError(f"{file.path} is one of a set of {members} files", hint="this version runs single files only")
     state: Any = mx.random.state
     key = state[0].tolist()  # the seed's upper and lower half
     try:
@@ -109,7 +112,9 @@ def _draw(file: File, config: dict[str, Any]) -> Blueprint:
     model = _build(config, file.path)
     kind = config["model_type"]
     layouts = {x.path: sorted({file.expert(x.layer, e).layout for e in range(x.expert_count)}) for x in file.moe_layers}
-    tensors = {name: tensor for name, (tensor, _) in file.residents.items()}
+    # A draft head's tensors belong to no module of the model itself.
+    stored = [(tensor, record) for tensor, record in file.residents.values() if tensor.role != "draft"]
+    tensors = {tensor.name: tensor for tensor, _ in stored}
     for path, found in layouts.items():
         tensors |= {f"{path}.{t.name}": t for t in file.layouts[found[0]].tensors}
     modules = architecture.expert_modules(model)
@@ -130,7 +135,7 @@ def _draw(file: File, config: dict[str, Any]) -> Blueprint:
         return own
 
     residents, layers = [], []
-    for tensor, record in file.residents.values():
+    for tensor, record in stored:
         targets = tuple(replace(t, shape=claim(t.name, t.shape, t.dtype)) for t in _targets(tensor))
         residents.append(Resident(tensor, record, targets, Scatter([t.part for t in targets], record.raw_size)))
     for layer in file.moe_layers:
