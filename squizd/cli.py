@@ -189,14 +189,14 @@ def _run(
     sampling: Sampling,
     o: dict[str, Any],
 ) -> None:
-    from .generation import Session, prompt_ids
+    from .generation import Session, needed_context
     from .runtime.load import load_tokenizer
 
     tokenizer = load_tokenizer(file)
     chat = tokenizer.has_chat_template if o["chat"] is None else o["chat"]
     system = o["system"] if chat else ""
     if prompt is not None and context is None:
-        context = len(prompt_ids(tokenizer, prompt, chat=chat, system=system)) + o["max_tokens"]
+        context = needed_context(tokenizer, prompt, o["max_tokens"], chat=chat, system=system)
     with Session(file, memory=memory, resident=resident, context=context, tokenizer=tokenizer) as session:
         if prompt is None:
             _converse(session, chat, sampling, o)

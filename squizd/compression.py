@@ -30,8 +30,8 @@ from .container import Plan, Writer
 from .container import open as open_file
 from .container.layout import FLOATS, RAW, ZSTD, Encoding, MoeLayer, make_layout
 from .container.metadata import MetadataError
-from .container.writer import choose_alignment
-from .errors import OutputError, RecipeError, SourceError
+from .container.writer import check_target, choose_alignment
+from .errors import RecipeError, SourceError
 from .quantizers import METHODS, quantize
 from .recipe import KEEP, Recipe, choose, make_recipe, role_of
 
@@ -109,7 +109,7 @@ def compress(
     chosen = make_recipe(recipe, overrides)
     if quantizer not in METHODS:
         raise RecipeError(f"no quantizer {quantizer!r}", hint="quantizers: " + ", ".join(METHODS))
-    _check_target(target, force)
+    check_target(target, force)
     checkpoint = open_checkpoint(source, revision)
     if isinstance(checkpoint.config.get("quantization"), dict):  # mlx-lm's mark: what it left alone stays alone
         chosen = make_recipe("keep", overrides)
@@ -146,18 +146,6 @@ def compress(
         tuple(job.unquantized),
         chosen.name,
     )
-
-
-def _check_target(target: str, force: bool) -> None:
-    folder = os.path.dirname(os.path.abspath(target))
-    if not os.path.isdir(folder):
-        raise OutputError(f"cannot write {target}: no folder {folder}")
-    if os.path.isdir(target):
-        raise OutputError(f"cannot write {target}: it is a folder")
-    if os.path.exists(target) and not force:
-        raise OutputError(f"{target} exists", hint="--force replaces it")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {target}: the folder is read-only")
 
 
 # -- what is there, and what becomes of it -------------------------------------------------------------

@@ -94,6 +94,13 @@ def prompt_ids(tokenizer: TokenizerWrapper, prompt: str | Sequence[int], *, chat
     return render_chat(tokenizer, [*Conversation(system).messages, {"role": "user", "content": prompt}])
 
 
+def needed_context(
+    tokenizer: TokenizerWrapper, prompt: str | Sequence[int], max_tokens: int, *, chat: bool, system: str = ""
+) -> int:
+    """Tokens of cache that one prompt and its answer need."""
+    return len(prompt_ids(tokenizer, prompt, chat=chat, system=system)) + max_tokens
+
+
 def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -149,8 +156,8 @@ def generate(path: str | os.PathLike[str], prompt: str | Sequence[int], **option
     loading = {key: options.pop(key) for key in ("memory", "resident", "context") if key in options}
     tokenizer = load_tokenizer(path)
     if loading.get("context") is None:
-        ids = prompt_ids(tokenizer, prompt, chat=options.get("chat", False), system=options.get("system", ""))
-        loading["context"] = len(ids) + options.get("max_tokens", DEFAULT_TOKENS)
+        tokens, chat = options.get("max_tokens", DEFAULT_TOKENS), options.get("chat", False)
+        loading["context"] = needed_context(tokenizer, prompt, tokens, chat=chat, system=options.get("system", ""))
     with Session(path, tokenizer=tokenizer, **loading) as session:
         return session.generate(prompt, **options)
 

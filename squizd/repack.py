@@ -16,7 +16,7 @@ import xxhash
 from .container import File, Plan, Writer
 from .container import open as open_file
 from .container.layout import APPENDICES, CRITICAL_SECTIONS, RAW, ZSTD, Record, Tensor
-from .container.writer import choose_alignment
+from .container.writer import check_target, choose_alignment
 from .errors import OutputError, RequestError
 
 Progress = Callable[[int, int], None]
@@ -40,11 +40,9 @@ def repack(
     written or does not hold the same payload, and what reading the source raises.
     """
     target = os.fspath(output)
-    if os.path.exists(target):
-        if os.path.samefile(source, target):
-            raise OutputError(f"{target} is the file to repack", hint="write to another name, then rename")
-        if not force:
-            raise OutputError(f"{target} exists", hint="--force replaces it")
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise OutputError(f"{target} is the file to repack", hint="write to another name, then rename")
+    check_target(target, force)
     with open_file(source) as f:
         if b"SPRS" in {x.type for x in f.sections} - {x.encode() for x in [*drop, *(add or {})]} and codec is not None:
             hint = "--drop SPRS leaves it out"

@@ -27,7 +27,7 @@ from . import records
 from .plan import HeadPlan, Plan, TensorPlan, check_plan, choose_alignment
 from .reader import read_at
 
-__all__ = ["Parts", "Plan", "TensorPlan", "Writer", "choose_alignment"]
+__all__ = ["Parts", "Plan", "TensorPlan", "Writer", "check_target", "choose_alignment"]
 
 Parts = Sequence[Sequence[Any]]  # per tensor of a record: (codes, scales, biases), buffers or None
 
@@ -247,3 +247,16 @@ def _sync_folder(path: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_target(target: str, force: bool) -> None:
+    """Raises OutputError if `target` cannot be written, or exists without `force`; before any work is done."""
+    folder = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(folder):
+        raise OutputError(f"cannot write {target}: no folder {folder}")
+    if os.path.isdir(target):
+        raise OutputError(f"cannot write {target}: it is a folder")
+    if os.path.exists(target) and not force:
+        raise OutputError(f"{target} exists", hint="--force replaces it")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"cannot write {target}: the folder is read-only")
