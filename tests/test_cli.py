@@ -155,7 +155,7 @@ def test_a_read_only_folder(read_only: Path, tiny: Path, cli: CommandLine) -> No
 def test_ctrl_c_during_compress(tiny: Path, tmp_path: Path, cli: CommandLine) -> None:
     process = cli.start("compress", tiny, "-o", tmp_path / "x.squizd")
     partial = tmp_path / "x.squizd.partial"
-    while process.poll() is None and not partial.exists():
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size > 200_000):  # at work on tensors
         time.sleep(0.0005)
     process.send_signal(signal.SIGINT)
     assert cli.finish(process) == Outcome(130, "", "squizd: interrupted\n")
