@@ -59,8 +59,12 @@ class Outcome:
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """This process's environment with `changes`, squizd importable, and no hub but the one a test names."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE", "SQUIZD_"))}
+    """This process's environment with `changes`, squizd importable, and no hub but the one a test names.
+
+    SQUIZD_KERNELS stays: what another process computes must have the bits of what this one does.
+    """
+    dropped = ("HF_", "HUGGING_FACE", "SQUIZD_")
+    env = {k: v for k, v in os.environ.items() if k == "SQUIZD_KERNELS" or not k.startswith(dropped)}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     env["HF_HUB_OFFLINE"] = "1"
     env |= {key: value for key, value in changes.items() if value is not None}

@@ -157,6 +157,32 @@ def write(head, size):
     with open(path, "wb") as f:
         f.write(head.assemble(size))
         f.truncate(size)
+
+def document(start, stop):
+    "As many objects as there may be, in chains as deep as they may be, and a string of the widest characters."
+    chain = '{"":' * 29 + "0" + "}" * 29 + ","
+    start += chain * ((L.MAX_JSON_TOKENS - 16) // 30) + '"'
+    return (start + "a" * (L.MAX_JSON_SIZE - len(start + stop) - 5) + "\U0001f600" + '"' + stop).encode()
+
+def most():
+    "A plan of as many tensors, layouts, experts and bytes of names as there may be."
+    names = [f"{i:05d}" + "n" * 60 + "\U0001f600" * 14 for i in range(L.MAX_TENSORS)]
+    affine = L.Encoding("affine", "f32", 4, 32)
+    residents = [(name, "dense", affine, (1, 1, 1, 32)) for name in names]
+    shared = [(f"{i}.weight", "expert", affine, (1, 1, 1, 32)) for i in range(7)]
+    layouts = [L.make_layout([*shared, (f"x{j}", "expert", F32, (64,))]) for j in range(L.MAX_LAYOUTS)]
+    layers = [L.MoeLayer(i, f"e{i}", 32) for i in range(L.MAX_MOE_LAYERS)]
+    return Plan(M, residents, {}, layouts, layers, [[0] * 32] * len(layers), 64)
+
+def place(head):
+    "Records that lie where they should; where the last ends."
+    def fill(r, start, size):
+        r["offset"] = start + np.arange(len(r)) * L.align(size, 64)
+        r["stored_size"] = r["raw_size"] = size
+        return int(r["offset"][-1]) + size
+
+    end = fill(head.residents["record"], L.align(head.size, 64), 132)
+    return L.align(fill(head.experts["record"], L.align(end, 64), head.tensors[-1][1]), 64)
 """
 
 MEASURE = """
@@ -175,33 +201,9 @@ print(peak() - before, time.process_time() - began, len(report.errors), report.e
 
 # name: (program that writes the file, faults that are reported, the first of them)
 WORST: dict[str, tuple[str, int, str]] = {
-    "as many tensors, layouts, experts and bytes of names as there may be": (
+    "the largest metadata": (
         """
-        names = [f"{i:05d}" + "n" * 60 + "\U0001f600" for i in range(L.MAX_TENSORS)]
-        affine = L.Encoding("affine", "f32", 4, 32)
-        residents = [(name, "dense", affine, (1, 1, 1, 32)) for name in names]
-        shared = [(f"{i}.weight", "expert", affine, (1, 1, 1, 32)) for i in range(7)]
-        layouts = [L.make_layout([*shared, (f"x{j}", "expert", F32, (64,))]) for j in range(L.MAX_LAYOUTS)]
-        count = L.MAX_EXPERT_RECORDS
-        head = HeadPlan(Plan(M, residents, {}, layouts, [L.MoeLayer(0, "e", count)], [[0] * count], 64))
-
-        def fill(r, start, size, layout):
-            r["offset"] = start + np.arange(len(r)) * L.align(size, 64)
-            r["stored_size"] = r["raw_size"] = size
-            return int(r["offset"][-1]) + size
-
-        end = fill(head.residents["record"], L.align(head.size, 64), 132, 0)
-        end = L.align(fill(head.experts["record"], L.align(end, 64), layouts[0].raw_size, 0), 64)
-        write(head, end)
-        """,
-        1000,
-        "record-digest",
-    ),
-    "the largest metadata, of the smallest objects and the widest characters": (
-        """
-        start = '{"model":{"config":{"model_type":"m"}},"provenance":{},"recipe":{},"x":['
-        start += '{"":0},' * (L.MAX_JSON_TOKENS // 2 - 8) + '0,"'
-        meta = (start + "a" * (L.MAX_JSON_SIZE - len(start) - 7) + "\U0001f600" + '"]}').encode()
+        meta = document('{"model":{"config":{"model_type":"m"}},"provenance":{},"recipe":{},"x":[', "]}")
         head = HeadPlan(Plan(M, [("w", "norm", F32, (1,))]))
         head.sections[L.META] = meta
         end = L.HEADER_SIZE + 64 * 4
@@ -215,6 +217,26 @@ WORST: dict[str, tuple[str, int, str]] = {
         """,
         0,
         "-",
+    ),
+    "all of that, the longest lines, and as many tensors, layouts, experts and bytes of names as there may be": (
+        """
+        meta = document('{"model":{"config":{"model_type":"m"}},"provenance":{},"recipe":{},"x":[', "]}")
+        plan = most()
+        plan.metadata["x"] = "a" * (len(meta) - 74)
+        lines = document('{"appendix":"profile","version":2,"x":[', "]}") + b"\\n" + document("[", "]") + b"\\n"
+        plan.appendices[L.PROF] = lines
+        head = HeadPlan(plan)
+        assert len(meta) == len(head.sections[L.META])
+        head.sections[L.META] = meta
+        at = place(head)
+        head.appendices[L.PROF] = at, len(lines), len(lines), L.RAW, xxhash.xxh64_intdigest(lines)
+        write(head, at + len(lines))
+        with open(path, "r+b") as f:
+            f.seek(at)
+            f.write(lines)
+        """,
+        1000,
+        "record-digest",
     ),
     "frames that decode to 64 times their size": (
         """

@@ -15,8 +15,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
 import squizd
+from squizd import kernels
 from squizd.errors import ContextError, RequestError
 from squizd.generation import Conversation, Sampling, render_chat
+from squizd.kernels import layers
 from squizd.runtime.device import accelerate
 
 PROMPT = "The city was founded in the year"
@@ -35,8 +37,18 @@ def mlx_reference(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Any:
     model, tokenizer = mlx_lm.load(str(folder))
     widen = lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a  # noqa: E731
     model.update(tree_map(widen, model.parameters()))
-    accelerate(model)  # its own graph, on the same kernels
+    accelerate(model)  # its own graph, on the same kernels: bits can be compared, with SQUIZD_KERNELS=0 mlx-lm's own
     return model, tokenizer
+
+
+def test_logits_are_mlx_lms_own(file: str, mlx_reference: Any) -> None:
+    """Bit for bit through MLX; with squizd's kernels up to the order in which sums are added."""
+    model, tokenizer = mlx_reference[0], mlx_reference[1]
+    ids = mx.array([tokenizer.encode(PROMPT * 5)])
+    with layers.switched_off():
+        wanted = np.array(model(ids))
+    found = np.array(squizd.load(file, resident="25%")[0](ids))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0 if kernels.missing() else 1e-5 * np.abs(wanted).max())
 
 
 def test_text_equals_mlx_lm_at_any_residency(file: str, mlx_reference: Any) -> None:

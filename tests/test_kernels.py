@@ -361,30 +361,65 @@ def test_switch_linear_of_floats(native: ModuleType) -> None:
 # -- without them --------------------------------------------------------------------------------------------
 
 
-def test_they_are_off_unless_asked_for(tiny_file: Callable[..., Path], cli: Any) -> None:
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernels are for Linux")
+
+
+@on_linux
+@pytest.mark.skipif(not device.on_cpu(), reason="the kernels are for CPUs")
+def test_they_are_used_unless_turned_off(tiny_file: Callable[..., Path], cli: Any) -> None:
     args = ["run", tiny_file(), "--no-chat", "-n", "5", "-p", "The city"]
-    usual, asked = (cli.process(*args, env=cli.environment(SQUIZD_KERNELS=value)).success() for value in (None, "1"))
-    assert usual.out == asked.out
-    assert usual.err.endswith(", MLX\n")
-    assert "squizd kernels (" in asked.err or "MLX: the kernels" in asked.err
+    usual, asked, off = (
+        cli.process(*args, env=cli.environment(SQUIZD_KERNELS=value)).success() for value in (None, "1", "0")
+    )
+    assert usual.out == asked.out == off.out
+    assert off.err.endswith(", MLX: the kernels are off (SQUIZD_KERNELS=0)\n")
+    for on in (usual, asked):
+        assert "squizd kernels (" in on.err or (kernels.missing() and "MLX: the kernels are not compiled" in on.err)
 
 
-def test_a_missing_extension_is_named_in_one_line(cli: Any) -> None:
+@on_linux
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ("raise ModuleNotFoundError(name)", "the kernels are not compiled"),
+        ("raise ImportError('_native.so: undefined symbol: _ZN3mlx')", "the kernels were compiled for another MLX"),
+        ("raise ImportError('_native.so: file too short')", "the compiled kernels do not load: _native.so: file too"),
+        ("sys.modules[name] = SimpleNamespace(mlx_version='0.1.0')", "the kernels were compiled for MLX 0.1.0, "),
+    ],
+)
+def test_an_extension_that_cannot_be_used_is_named_in_one_line(found: str, says: str, cli: Any) -> None:
     code = (
-        "import sys, importlib.abc\n"
-        "class Block:\n"
+        "import sys\n"
+        "from types import SimpleNamespace\n"
+        "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'squizd.kernels._native': raise ImportError('No module named _native')\n"
-        "sys.meta_path.insert(0, Block())\n"
+        f"        if name == 'squizd.kernels._native': {found if 'raise' in found else 'pass'}\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "name = 'squizd.kernels._native'\n"
+        f"{found if 'raise' not in found else 'pass'}\n"
         "from squizd import kernels\n"
         "print(kernels.missing()); print(kernels.native())\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=cli.environment(SQUIZD_KERNELS="1"))
-    assert done.stdout.splitlines() == ["the kernels are not compiled (python -m squizd.kernels.build)", "None"]
+    line, none = done.stdout.splitlines()
+    assert line.startswith(says)
+    assert line.endswith(" (python -m squizd.kernels.build)")
+    assert none == "None"
 
 
 def test_the_statistics_say_what_computes() -> None:
     said = device.arithmetic()
-    why_not = f"MLX: {kernels.missing()}" if kernels.wanted() else "MLX"
-    assert said == (why_not if kernels.missing() else kernels.describe())
+    if sys.platform == "linux" and device.on_cpu():
+        assert said == (f"MLX: {kernels.missing()}" if kernels.missing() else kernels.describe())
+    else:
+        assert said == "MLX"
+
+
+def test_on_another_device_they_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled or not: where MLX computes on a GPU nothing changes, and nothing is said."""
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
+    module = nn.Linear(4, 4)
+    device.accelerate(module)
+    assert type(module) is nn.Linear
+    assert (device.arithmetic(), device.scratch_bytes()) == ("MLX", 0)

@@ -26,6 +26,31 @@ def code_of(data: bytes) -> str:
     return ""
 
 
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from([b'"', b"\\", b"[", b"]", b"{", b"}", b",", b"x"])), st.integers(1, 5))
+def test_structure_scan_is_what_the_spec_says(pieces: list[bytes], window: int) -> None:
+    """Byte by byte: whatever the size of the pieces in which it is done."""
+    data, tokens, depth, deepest, inside = b"".join(pieces), 0, 0, 0, False
+    for i, byte in enumerate(data):
+        before = data[:i]
+        if byte == ord('"') and (len(before) - len(before.rstrip(b"\\"))) % 2 == 0:
+            inside = not inside
+        elif not inside:
+            tokens += byte in b",[{"
+            depth += (byte in b"[{") - (byte in b"]}")
+            deepest = max(deepest, depth)
+    expected = "json-tokens" if tokens > 6 else "json-depth" if deepest > 3 else ""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_WINDOW", window), ("MAX_JSON_TOKENS", 6), ("MAX_JSON_DEPTH", 3)):
+            patch.setattr(restricted, name, value)
+        try:
+            restricted._check_structure(data)
+            found = ""
+        except DocumentError as error:
+            found = error.code
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     ("data", "code"),
     [

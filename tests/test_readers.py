@@ -88,6 +88,36 @@ def test_values_are_those_of_the_vectors(reader: Command, name: str) -> None:
         same(numbers(reader, "expert", path, str(expert["layer"]), str(expert["expert"])), np.concatenate(wanted))
 
 
+@pytest.fixture
+def alone(tmp_path: Path) -> Command:
+    """reader.py without deep.py beside it."""
+    shutil.copy(READERS / "reader.py", tmp_path)
+    return [sys.executable, str(tmp_path / "reader.py")]
+
+
+def test_the_python_reader_is_short() -> None:
+    assert len((READERS / "reader.py").read_text("utf-8").splitlines()) <= 300
+
+
+def test_the_python_reader_alone_makes_all_structural_checks(alone: Command) -> None:
+    """Every rule but the deep ones, by its code; digests beside it, and what it checked it says."""
+    valid = sorted(VALID.glob("*.squizd"))
+    found = verdicts(alone, [*valid, *(INVALID / rule["file"] for rule in RULES)])
+    structural = {Path(rule["file"]).stem: rule["code"] for rule in RULES if not rule["deep"]}
+    assert {name: found[name].split()[:2] for name in structural} == {n: ["invalid", c] for n, c in structural.items()}
+    assert found["record-digest"].split()[:2] == ["invalid", "record-digest"]
+    assert {found[path.stem] for path in valid} == {"valid (structure and digests)"}
+
+
+def test_the_python_reader_alone_finds_the_values(alone: Command) -> None:
+    facts, values = json.loads((VALID / "toy.json").read_text("utf-8")), np.load(VALID / "toy.npy")
+    path, span = str(VALID / "toy.squizd"), facts["residents"][0]["values"]
+    wanted = values[span["start"] : span["start"] + span["count"]]
+    same(numbers(alone, "tensor", path, facts["residents"][0]["name"]), wanted)
+    wanted = [values[t["values"]["start"] :][: t["values"]["count"]] for t in facts["experts"][5]["tensors"]]
+    same(numbers(alone, "expert", path, "1", "1"), np.concatenate(wanted))
+
+
 def numbers(reader: Command, *arguments: str) -> np.ndarray:
     """The hexadecimal floats that a reader prints, one on a line."""
     done = subprocess.run([*reader, *arguments], capture_output=True, text=True, timeout=60, check=True)

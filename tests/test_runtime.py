@@ -370,7 +370,10 @@ def test_state_wants_a_loaded_model() -> None:
 
 def test_resident_graph_is_mlx_lms_own(file: Path) -> None:
     model, reference = load_model(file, resident="100%"), in_float32(make_model(QWEN3))
-    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in reference.named_modules()]
+    assert isinstance(model, type(reference))  # with kernels, of a class that replays single tokens
+    assert [(n, type(m)) for n, m in model.named_modules() if n] == [
+        (n, type(m)) for n, m in reference.named_modules() if n
+    ]
     assert state(model).paged_layers == 0
     parameters = dict(tree_flatten(model.parameters()))
     for name, array in tree_flatten(reference.parameters()):

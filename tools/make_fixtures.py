@@ -9,7 +9,8 @@ implementation of the writing side of spec/squizd.md (`tools/vectors`).
 fixtures/valid/NAME.squizd has NAME.json beside it, which lists every tensor with its encoding; the
 decoded values of float tensors are NAME.npy, one float32 array for all of them (`start`, `count`); those
 of integer tensors stand in the JSON. fixtures/invalid/CODE.squizd breaks the rule CODE and no other that
-is checked before it; index.json says what was changed, and whether only deep validation can tell.
+is checked before it, and so does CODE.MORE.squizd, in another way or with a second fault after it; index.json
+says what was changed, and whether only deep validation can tell.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from vectors import invalid, valid
+from vectors import invalid, more, valid  # noqa: F401  (more adds to the faults of invalid)
 from vectors.build import Spec, Tensor, lay_out, raw_record, seal
 from vectors.dump import dump
 from vectors.tensors import INTEGERS
@@ -83,10 +84,11 @@ def make(folder: Path) -> None:
         target.with_suffix(".json").write_text(json.dumps(facts, sort_keys=True) + "\n")
         target.with_suffix(".npy").write_bytes(npy(values))
     index = []
-    for code, fault in invalid.FAULTS.items():
-        (folder / "invalid" / f"{code}.squizd").write_bytes(fault.make())
+    for name, fault in invalid.FAULTS.items():
+        code, _, _ = name.partition(".")
+        (folder / "invalid" / f"{name}.squizd").write_bytes(fault.make())
         index.append(
-            {"file": f"{code}.squizd", "code": code, "deep": fault.deep, "base": fault.base, "change": fault.change}
+            {"file": f"{name}.squizd", "code": code, "deep": fault.deep, "base": fault.base, "change": fault.change}
         )
     (folder / "invalid" / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 

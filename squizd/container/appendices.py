@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from . import layout as L
 from . import restricted
@@ -21,8 +25,34 @@ VERSION = 1
 NAMES = {L.PROF: "profile", L.SPRS: "sparsity", L.DRFT: "draft"}
 
 _DIGEST = re.compile("[0-9a-f]{16}")  # XXH64
+_END: Any = object()  # after the last line: None is what the line `null` says
 Document = dict[str, Any]
 Lines = Iterator[Document]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the validator compares appendices with: little, as one line of them can take most of the memory."""
+
+    config: dict[str, int]
+    moe_layers: tuple[L.MoeLayer, ...]
+    rows: tuple[frozenset[int], ...]  # of each layout: first dimensions of its up_proj and fc1
+    layouts: npt.NDArray[np.uint16]  # of each expert
+    digests: npt.NDArray[np.uint64]  # of each expert's record
+    drafts: tuple[tuple[bytes, int], ...]  # names and record digests of the tensors of role draft, in file order
+
+    @classmethod
+    def of(cls, contents: Contents) -> Facts:
+        """The facts of a file."""
+        rows = (
+            frozenset(t.shape[0] for t in layout.tensors if t.name in ("up_proj.weight", "fc1.weight"))
+            for layout in contents.layouts
+        )
+        r = contents.experts["record"]
+        drafts = ((name.encode(), r.digest) for name, (t, r) in contents.residents.items() if t.role == "draft")
+        return cls(
+            contents.config, contents.moe_layers, tuple(rows), r["layout"].copy(), r["digest"].copy(), tuple(drafts)
+        )
 
 
 def encode_lines(documents: Iterable[Document]) -> bytes:
@@ -56,50 +86,66 @@ def _document(line: bytearray) -> Document:
     return document
 
 
-def check(kind: bytes, lines: Lines, contents: Contents) -> None:
+def check(kind: bytes, lines: Lines, facts: Facts) -> None:
     """Raises DocumentError for the first rule that an appendix of type PROF, SPRS or DRFT breaks."""
-    header = next(lines, None)
+    tokens = _check_header(kind, next(lines, None), facts)
+    if tokens is not None:
+        first = 0
+        for layer in facts.moe_layers if kind in _LINES else ():
+            _LINES[kind](next(lines, _END), layer, first, tokens, facts)
+            first += layer.expert_count
+        _require(next(lines, _END) is _END, _SURPLUS[kind], "more lines than there should be")
+    while next(lines, _END) is not _END:  # lines that mean nothing to this version must still be lines
+        pass
+
+
+def _check_header(kind: bytes, header: Any, facts: Facts) -> int | None:
+    """Check the first line; returns the tokens of a profile (else 0), or None if nothing else is to be checked.
+
+    No line is kept while the next is parsed: a document can take twenty times the memory of its bytes.
+    """
     if not isinstance(header, dict) or header.get("appendix") != NAMES[kind] or not _is_count(header.get("version")):
         raise DocumentError("appendix-header", f"the first line is no header of a {NAMES[kind]}")
-    if header["version"] == VERSION:
-        _CHECKS[kind](header, lines, contents)
-    for _ in lines:  # lines that mean nothing to this version must still be lines
-        pass
+    if header["version"] != VERSION:
+        return None
+    if kind == L.DRFT:
+        _check_draft(header, facts)
+    if kind != L.PROF:
+        return 0
+    fine = _is_count(header.get("tokens")) and is_sha256(header.get("text_sha256"))
+    _require(fine, "profile-type", "tokens or text_sha256")
+    tokens: int = header["tokens"]
+    return tokens
 
 
 # -- PROF ------------------------------------------------------------------------------------------------
 
 
-def _check_profile(header: Document, lines: Lines, contents: Contents) -> None:
+def _check_profile(line: Any, layer: L.MoeLayer, first: int, tokens: int, facts: Facts) -> None:
+    """The line of one layer."""
+
     def right(fine: bool, message: str) -> None:
         _require(fine, "profile-type", message)
 
-    tokens = header.get("tokens")
-    right(_is_count(tokens) and is_sha256(header.get("text_sha256")), "tokens or text_sha256")
-    for layer in contents.moe_layers:
-        line, where = next(lines, None), f"layer {layer.layer}"
-        _require(line is not None, "profile-layers", f"no line for {where}")
-        right(isinstance(line, dict), f"{where}: no object")
-        assert line is not None
-        counts, mass = line.get("counts"), line.get("gate_mass")
-        right(_is_count(line.get("layer")), f"{where}: layer")
-        right(isinstance(counts, list) and all(_is_integer(n) for n in counts), f"{where}: counts")
-        right(isinstance(mass, list) and all(_is_number(n) for n in mass), f"{where}: gate_mass")
-        pairs = line.get("coactivation", [])
-        right(isinstance(pairs, list) and all(_is_triple(p) for p in pairs), f"{where}: coactivation")
-        assert isinstance(counts, list)
-        assert isinstance(mass, list)
-        matches = line["layer"] == layer.layer and len(counts) == len(mass) == layer.expert_count
-        _require(matches, "profile-layers", f"{where}: the line is of layer {line['layer']}, {len(counts)} experts")
-        _require(all(0 <= n <= tokens for n in counts), "profile-count", f"{where}: a count is negative or too high")
-        fits = all(m >= 0 and (n or not m) for n, m in zip(counts, mass, strict=True))
-        _require(fits, "profile-mass", f"{where}: gate mass below 0, or without activation")
-        last = (-1, -1)
-        for a, b, n in pairs:
-            fine = last < (a, b) and 0 <= a < b < layer.expert_count and 1 <= n <= min(counts[a], counts[b])
-            _require(fine, "profile-coactivation", f"{where}: pair {a}, {b} counted {n}")
-            last = (a, b)
-    _require(next(lines, None) is None, "profile-layers", "more lines than layers")
+    where = f"layer {layer.layer}"
+    _require(line is not _END, "profile-layers", f"no line for {where}")
+    right(isinstance(line, dict), f"{where}: no object")
+    counts, mass = line.get("counts"), line.get("gate_mass")
+    right(_is_count(line.get("layer")), f"{where}: layer")
+    right(isinstance(counts, list) and all(_is_integer(n) for n in counts), f"{where}: counts")
+    right(isinstance(mass, list) and all(_is_number(n) for n in mass), f"{where}: gate_mass")
+    pairs = line.get("coactivation", [])
+    right(isinstance(pairs, list) and all(_is_triple(p) for p in pairs), f"{where}: coactivation")
+    matches = line["layer"] == layer.layer and len(counts) == len(mass) == layer.expert_count
+    _require(matches, "profile-layers", f"{where}: the line is of layer {line['layer']}, {len(counts)} experts")
+    _require(all(0 <= n <= tokens for n in counts), "profile-count", f"{where}: a count is negative or too high")
+    fits = all(m >= 0 and (n or not m) for n, m in zip(counts, mass, strict=True))
+    _require(fits, "profile-mass", f"{where}: gate mass below 0, or without activation")
+    last = (-1, -1)
+    for a, b, n in pairs:
+        fine = last < (a, b) and 0 <= a < b < layer.expert_count and 1 <= n <= min(counts[a], counts[b])
+        _require(fine, "profile-coactivation", f"{where}: pair {a}, {b} counted {n}")
+        last = (a, b)
 
 
 def _is_triple(value: Any) -> bool:
@@ -109,24 +155,19 @@ def _is_triple(value: Any) -> bool:
 # -- SPRS ------------------------------------------------------------------------------------------------
 
 
-def _check_sparsity(header: Document, lines: Lines, contents: Contents) -> None:
-    first = 0
-    for layer in contents.moe_layers:
-        line, where = next(lines, None), f"layer {layer.layer}"
-        _require(line is not None, "sparsity-layers", f"no line for {where}")
-        _require(isinstance(line, dict), "sparsity-type", f"{where}: no object")
-        assert line is not None
-        experts: list[Document] = line["experts"] if isinstance(line.get("experts"), list) else [{}]
-        fine = _is_count(line.get("layer")) and _is_count(line.get("width"))
-        _require(fine and all(_is_sparse_expert(e) for e in experts), "sparsity-type", f"{where}: types")
-        matches = line["layer"] == layer.layer and len(experts) == layer.expert_count
-        _require(matches, "sparsity-layers", f"{where}: the line is of layer {line['layer']}, {len(experts)} experts")
-        for i, expert in enumerate(experts):
-            record = contents.experts[first + i]["record"]
-            tensors = contents.layouts[int(record["layout"])].tensors
-            _check_expert(expert, line["width"], tensors, int(record["digest"]), f"{where} expert {i}")
-        first += layer.expert_count
-    _require(next(lines, None) is None, "sparsity-layers", "more lines than layers")
+def _check_sparsity(line: Any, layer: L.MoeLayer, first: int, tokens: int, facts: Facts) -> None:
+    """The line of one layer, whose experts are in EXPI from `first` on."""
+    where = f"layer {layer.layer}"
+    _require(line is not _END, "sparsity-layers", f"no line for {where}")
+    _require(isinstance(line, dict), "sparsity-type", f"{where}: no object")
+    experts: list[Document] = line["experts"] if isinstance(line.get("experts"), list) else [{}]
+    fine = _is_count(line.get("layer")) and _is_count(line.get("width"))
+    _require(fine and all(_is_sparse_expert(e) for e in experts), "sparsity-type", f"{where}: types")
+    matches = line["layer"] == layer.layer and len(experts) == layer.expert_count
+    _require(matches, "sparsity-layers", f"{where}: the line is of layer {line['layer']}, {len(experts)} experts")
+    for i, expert in enumerate(experts):
+        rows, digest = facts.rows[facts.layouts[first + i]], int(facts.digests[first + i])
+        _check_expert(expert, line["width"], rows, digest, f"{where} expert {i}")
 
 
 def _is_sparse_expert(e: Any) -> bool:
@@ -143,8 +184,7 @@ def _is_sparse_expert(e: Any) -> bool:
     )
 
 
-def _check_expert(e: Document, width: int, tensors: tuple[L.Tensor, ...], digest: int, where: str) -> None:
-    rows = {t.shape[0] for t in tensors if t.name in ("up_proj.weight", "fc1.weight")}
+def _check_expert(e: Document, width: int, rows: frozenset[int], digest: int, where: str) -> None:
     _require(not rows or rows == {width}, "sparsity-width", f"{where}: width {width}")
     clusters, boundaries, histogram = e["clusters"], e["boundaries"], e["histogram"]
     _require(1 <= clusters <= width, "sparsity-clusters", f"{where}: {clusters} clusters")
@@ -159,7 +199,7 @@ def _check_expert(e: Document, width: int, tensors: tuple[L.Tensor, ...], digest
 # -- DRFT ------------------------------------------------------------------------------------------------
 
 
-def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
+def _check_draft(header: Document, facts: Facts) -> None:
     layers, tensors = header.get("source_layers"), header.get("tensors")
     fine = _is_count(header.get("hidden")) and isinstance(header.get("kind"), str)
     fine = fine and isinstance(layers, list) and all(_is_integer(n) for n in layers)
@@ -167,23 +207,17 @@ def _check_draft(header: Document, lines: Lines, contents: Contents) -> None:
     _require(fine, "draft-type", "types")
     assert isinstance(layers, list)
     assert isinstance(tensors, list)
-    config = contents.metadata["model"]["config"]
-    hidden, count = config.get("hidden_size"), config.get("num_hidden_layers")
-    agrees = not _is_integer(hidden) or hidden == header["hidden"]
+    hidden, count = facts.config.get("hidden_size"), facts.config.get("num_hidden_layers")
+    agrees = hidden is None or hidden == header["hidden"]
     _require(agrees, "draft-hidden", f"hidden {header['hidden']}, the model has {hidden}")
     ascending = all(a < b for a, b in pairwise(layers))
-    below = layers and layers[0] >= 0 and (not _is_integer(count) or layers[-1] < count)
+    below = layers and layers[0] >= 0 and (count is None or layers[-1] < count)
     _require(bool(ascending and below), "draft-source-layer", f"source layers {layers[:8]} of {count}")
-    stored = draft_tensors(contents)
-    _require([t["name"] for t in tensors] == list(stored), "draft-tensors", "not the tensors of role draft")
-    for t in tensors:
-        _require(t["digest"] == f"{stored[t['name']]:016x}", "draft-digest", f"{L.printable(t['name'])}: digest")
-    _require(next(lines, None) is None, "draft-type", "more than one line")
-
-
-def draft_tensors(contents: Contents) -> dict[str, int]:
-    """Names and record digests of the resident tensors of role draft, in file order."""
-    return {name: record.digest for name, (tensor, record) in contents.residents.items() if tensor.role == "draft"}
+    same = len(tensors) == len(facts.drafts)
+    same = same and all(t["name"].encode() == name for t, (name, _) in zip(tensors, facts.drafts, strict=True))
+    _require(same, "draft-tensors", "not the tensors of role draft")
+    for t, (_, digest) in zip(tensors, facts.drafts, strict=True):
+        _require(t["digest"] == f"{digest:016x}", "draft-digest", f"{L.printable(t['name'])}: digest")
 
 
 def _is_draft_tensor(value: Any) -> bool:
@@ -192,11 +226,11 @@ def _is_draft_tensor(value: Any) -> bool:
 
 # -- shared ----------------------------------------------------------------------------------------------
 
-_CHECKS: dict[bytes, Callable[[Document, Lines, Contents], None]] = {
+_LINES: dict[bytes, Callable[[Any, L.MoeLayer, int, int, Facts], None]] = {
     L.PROF: _check_profile,
     L.SPRS: _check_sparsity,
-    L.DRFT: _check_draft,
 }
+_SURPLUS = {L.PROF: "profile-layers", L.SPRS: "sparsity-layers", L.DRFT: "draft-type"}
 
 
 def _require(fine: bool, code: str, message: str) -> None:

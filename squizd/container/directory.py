@@ -32,12 +32,11 @@ class Head:
     head_size: int = 0
     sections: tuple[L.Section, ...] = ()
     by_type: dict[bytes, L.Section] = field(default_factory=dict)
-    data: memoryview = field(default_factory=lambda: memoryview(b""))
+    contents: dict[bytes, bytes] = field(default_factory=dict)
 
-    def section(self, kind: bytes) -> memoryview:
-        """The bytes of one head section."""
-        s = self.by_type[kind]
-        return self.data[s.offset : s.offset + s.stored_size]
+    def section(self, kind: bytes) -> bytes:
+        """The bytes of one head section. Delete them from `contents` when they are understood: they may be many."""
+        return self.contents[kind]
 
 
 def read_head(read_at: ReadAt, size: int, findings: Findings) -> Head:
@@ -51,12 +50,7 @@ def read_head(read_at: ReadAt, size: int, findings: Findings) -> Head:
         findings.end("directory-digest", 56, "the directory does not match its digest")
     _entries(directory, head, findings)
     _placement(directory_end, head, findings)
-    data = read_at(0, head.head_size)
-    if len(data) < head.head_size or data[: L.HEADER_SIZE] != raw or data[L.HEADER_SIZE : directory_end] != directory:
-        findings.end("file-truncated", len(data), "the file changed while it was read")
-    head.data = memoryview(data)
-    head.file_id = hashlib.sha256(data).hexdigest()
-    _digests(directory_end, head, findings)
+    _contents(read_at, raw + directory, head, findings)
     return head
 
 
@@ -208,15 +202,23 @@ def _placement(directory_end: int, head: Head, findings: Findings) -> None:
     findings.close_stage()
 
 
-def _digests(directory_end: int, head: Head, findings: Findings) -> None:
-    end = directory_end
+def _contents(read_at: ReadAt, start: bytes, head: Head, findings: Findings) -> None:
+    """Read the sections of the head one by one; `start` is what lies before them."""
+    identity, end = hashlib.sha256(start), len(start)
     for i, s in enumerate(head.sections):
         if s.type not in L.HEAD_SECTIONS:
             continue
-        if any(head.data[end : s.offset]):
+        padding, content = read_at(end, s.offset - end), read_at(s.offset, s.stored_size)
+        if len(padding) + len(content) < s.offset + s.stored_size - end:
+            findings.end("file-truncated", end, "the file changed while it was read")
+        if any(padding):
             findings.add("padding-nonzero", end, f"padding before section {s.label} is not zero")
         end = s.offset + s.stored_size
-        if xxhash.xxh64_intdigest(head.data[s.offset : end]) != s.digest:
+        if xxhash.xxh64_intdigest(content) != s.digest:
             at = L.HEADER_SIZE + i * L.DIRECTORY_ENTRY_SIZE + 40
             findings.add("section-digest", at, f"section {s.label} does not match its digest")
+        identity.update(padding)
+        identity.update(content)
+        head.contents[s.type] = content
+    head.file_id = identity.hexdigest()
     findings.close_stage()

@@ -152,7 +152,7 @@ STAGES: Final[dict[str, dict[str, str]]] = {
         "index-reserved": "reserved bytes of an index entry are zero",
         "record-raw-size": "raw_size is the end of the last part",
         "record-range": "records fill their section exactly",
-        "layout-order": "gate_proj, up_proj, down_proj (or fc1, fc2) come in this order, each one's weight first",
+        "layout-order": "tensors of expert modules (section 12) come by rank, in each rank those called weight first",
         "layout-raw-size": "a layout's raw_size is the end of its last part",
         "moe-layer-unsorted": "MOEL is strictly ascending by layer",
         "moe-layer-experts": "a layer has at least one expert",

@@ -20,6 +20,7 @@ _CHECKSUM_SIZE = 4
 _CHECKSUM_FLAG = 4
 _DESCRIPTOR_AT = 4
 _LONGEST_HEADER = 18
+_STEP = 1 << 17  # most bytes of a frame that the decoder is given at once
 
 
 class FrameError(ValueError):
@@ -135,7 +136,7 @@ class _Unchecked:
         self._source, self._at = source, 0
 
     def read(self, size: int) -> bytes:
-        size = min(size, self._source.size - _CHECKSUM_SIZE - self._at)
+        size = min(size, _STEP, self._source.size - _CHECKSUM_SIZE - self._at)
         data = bytes(self._source.read(self._at, size))
         if self._at <= _DESCRIPTOR_AT < self._at + len(data):
             patched = bytearray(data)

@@ -7,6 +7,8 @@ plain tuples: a NumPy scalar wraps where the format wants an error.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from .metadata import is_file_name
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 Row = tuple[Any, ...]  # one index entry as np.ndarray.tolist() gives it
 _RECORD_AT = L.TENSOR.itemsize  # of a RESIDENT
+_AT_ONCE = 256
 
 
 def check_sizes(head: Head, findings: Findings) -> None:
@@ -62,6 +65,13 @@ def _layt_counts(head: Head) -> tuple[int, int]:
     return layouts, tensors
 
 
+def _rows(data: L.Bytes, entry: np.dtype[Any]) -> Iterator[Row]:
+    """The entries of a table; few at a time are tuples, as those take several times the memory."""
+    table = np.frombuffer(data, entry)
+    for first in range(0, len(table), _AT_ONCE):
+        yield from table[first : first + _AT_ONCE].tolist()
+
+
 class IndexReader:
     """Reads the indexes in file order; names, and the flags that encodings imply, accumulate."""
 
@@ -69,14 +79,13 @@ class IndexReader:
         self.head, self.findings = head, findings
         self.flags = 0
         self._names = head.section(L.STRS)
-        self._used: dict[tuple[int, int], str] = {}
+        self._used: dict[int, str] = {}  # by offset << 16 | length
         self._names_end = 0
         self._encodings: dict[L.Encoding, L.Encoding] = {}  # one object each, however many tensors
 
-    def rows(self, kind: bytes, entry: np.dtype[Any]) -> tuple[list[Row], int]:
+    def rows(self, kind: bytes, entry: np.dtype[Any]) -> tuple[Iterator[Row], int]:
         """The entries of an index, and its offset."""
-        rows: list[Row] = np.frombuffer(self.head.section(kind), entry).tolist()
-        return rows, self.head.by_type[kind].offset
+        return _rows(self.head.section(kind), entry), self.head.by_type[kind].offset
 
     # -- names -----------------------------------------------------------------------------------------
 
@@ -89,7 +98,7 @@ class IndexReader:
         if offset + length > len(self._names):
             add("name-range", at, f"name at {offset} of {length} bytes, STRS has {len(self._names)}")
             return ""
-        known = self._used.get((offset, length))
+        known = self._used.get(offset << 16 | length)
         if known is not None:
             return known
         if offset != self._names_end:
@@ -103,7 +112,7 @@ class IndexReader:
             name = ""
         if _CONTROL.search(name):
             add("name-control", at, f"name {name[:40]!a} has a control character")
-        self._used[offset, length] = name
+        self._used[offset << 16 | length] = name
         return name
 
     def names_end(self) -> None:
@@ -248,11 +257,11 @@ class IndexReader:
 
     def layouts(self) -> tuple[L.Layout, ...]:
         """LAYT: the shard layouts."""
-        data, base = self.head.section(L.LAYT), self.head.by_type[L.LAYT].offset
+        data, base = memoryview(self.head.section(L.LAYT)), self.head.by_type[L.LAYT].offset
         layouts, tensors = _layt_counts(self.head)
         first = L.LAYOUT_HEAD.itemsize + layouts * L.LAYOUT.itemsize
         entries: list[Row] = np.frombuffer(data[L.LAYOUT_HEAD.itemsize : first], L.LAYOUT).tolist()
-        rows: list[Row] = np.frombuffer(data[first:], L.TENSOR).tolist()
+        rows = _rows(data[first:], L.TENSOR)
         found, taken = [], 0
         for i, (first_tensor, count, raw_size) in enumerate(entries):
             at = base + L.LAYOUT_HEAD.itemsize + i * L.LAYOUT.itemsize
@@ -260,7 +269,7 @@ class IndexReader:
                 self.findings.end("layout-range", at, f"layout {i}: tensors {first_tensor} + {count} of {tensors}")
             if count == 0:
                 self.findings.add("layout-empty", at + 4, f"layout {i} has no tensor")
-            layout, end = self._layout(rows[taken : taken + count], base + first + taken * L.TENSOR.itemsize)
+            layout, end = self._layout(islice(rows, count), base + first + taken * L.TENSOR.itemsize)
             if len(layout) == count and raw_size != end:
                 self.findings.add("layout-raw-size", at + 8, f"layout {i}: raw_size {raw_size}, parts end at {end}")
             found.append(L.Layout(layout, raw_size))
@@ -269,7 +278,7 @@ class IndexReader:
             self.findings.add("layout-range", base, f"layouts take {taken} of {tensors} tensors")
         return tuple(found)
 
-    def _layout(self, rows: list[Row], at: int) -> tuple[tuple[L.Tensor, ...], int]:
+    def _layout(self, rows: Iterable[Row], at: int) -> tuple[tuple[L.Tensor, ...], int]:
         placed: dict[str, L.Tensor] = {}
         end, last = 0, (0, False)
         for row in rows:

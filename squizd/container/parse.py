@@ -7,6 +7,7 @@ it, so they cannot disagree.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,22 @@ class Contents:
     record_alignment: int = 0
     head_size: int = 0
     sections: tuple[L.Section, ...] = ()
-    metadata: dict[str, Any] = field(default_factory=dict)
+    document: bytes = b""  # META, known to be right
+    config: dict[str, int] = field(default_factory=dict)  # of it: the sizes that appendices refer to
     files: dict[str, L.Record] = field(default_factory=dict)
     residents: dict[str, tuple[L.Tensor, L.Record]] = field(default_factory=dict)
     layouts: tuple[L.Layout, ...] = ()
     moe_layers: tuple[L.MoeLayer, ...] = ()
     experts: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, L.EXPERT))
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What META says; parsed when asked for, as it may take ten times the memory of its bytes."""
+        return meta.decode(self.document) if self.document else {}
+
+    def forget(self) -> None:
+        """Let go of all that takes memory."""
+        self.document, self.residents, self.layouts, self.experts = b"", {}, (), self.experts[:0].copy()
 
 
 def parse(read_at: ReadAt, size: int) -> tuple[Contents, list[Fault]]:
@@ -64,10 +75,14 @@ def parse(read_at: ReadAt, size: int) -> tuple[Contents, list[Fault]]:
 
 
 def _read_metadata(head: Head, contents: Contents, findings: Findings) -> None:
+    document = head.contents.pop(L.META)
     try:
-        contents.metadata = meta.decode(head.section(L.META))
+        config = meta.decode(document)["model"]["config"]
     except meta.MetadataError as error:
         findings.end(error.code, head.by_type[L.META].offset, f"metadata: {error}")
+    sizes = {name: config.get(name) for name in ("hidden_size", "num_hidden_layers")}
+    contents.config = {name: size for name, size in sizes.items() if type(size) is int}
+    contents.document = document
 
 
 def _read_indexes(head: Head, contents: Contents, findings: Findings) -> int:
@@ -76,13 +91,14 @@ def _read_indexes(head: Head, contents: Contents, findings: Findings) -> int:
     if L.FILE in head.by_type:
         contents.files = reader.files()
     contents.residents = reader.residents()
+    del head.contents[L.TENS]
     if L.EXPI in head.by_type:
         contents.layouts = reader.layouts()
         contents.moe_layers = reader.moe_layers()
+        del head.contents[L.LAYT]
     reader.names_inside_experts(contents.residents, contents.moe_layers)
     reader.names_end()
     findings.close_stage()
     if L.EXPI in head.by_type:
-        experts = read_experts(head, contents.layouts, contents.moe_layers, findings)
-        contents.experts = experts.copy()  # lets go of the rest of the head
+        contents.experts = read_experts(head, contents.layouts, contents.moe_layers, findings)
     return reader.flags

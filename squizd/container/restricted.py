@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import accumulate
 from typing import Any
 
 from .layout import MAX_JSON_DEPTH, MAX_JSON_TOKENS, MAX_SAFE_INTEGER, Bytes
 
-_STRING = re.compile(rb'"[^"]*"?')  # once escapes are gone; an open string reaches to the end
-_BRACKET = re.compile(rb"[\[\]{}]")
+_OTHER = bytes(set(range(256)) - set(b'",[]{}'))  # what the structure scan does not look at
+_STEPS = [(code in b"[{") - (code in b"]}") for code in range(256)]
+_WINDOW = 1 << 16
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DocumentError(ValueError):
@@ -44,9 +47,8 @@ def decode(data: Bytes) -> Any:
 
     Raises DocumentError for the first broken rule, in the order of the spec.
     """
-    data = bytes(data)
     try:
-        text = data.decode("utf-8")
+        text = str(data, "utf-8")
     except UnicodeDecodeError as error:
         raise DocumentError("json-utf8", f"not UTF-8 at byte {error.start} of the document") from error
     if text.startswith("\ufeff"):
@@ -80,17 +82,21 @@ def decode(data: Bytes) -> Any:
     return value
 
 
-def _check_structure(data: bytes) -> None:
+def _check_structure(data: Bytes) -> None:
     """Count commas and brackets outside strings. Linear, before anything is built from the document."""
-    bare = _STRING.sub(b"", data.replace(b"\\\\", b"").replace(b'\\"', b""))
-    tokens = bare.count(b",") + bare.count(b"[") + bare.count(b"{")
+    bare = bytes(data).replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _OTHER)
+    tokens, depth, deepest, inside = 0, 0, 0, 0
+    for at in range(0, len(bare), _WINDOW):  # all at once would take more memory than the document's objects
+        parts = bare[at : at + _WINDOW].split(b'"')
+        outside = b"".join(parts[inside::2])
+        inside ^= len(parts) - 1 & 1
+        tokens += outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+        levels = [*accumulate(map(_STEPS.__getitem__, outside), initial=depth)]
+        depth, deepest = levels[-1], max(deepest, max(levels))
     if tokens > MAX_JSON_TOKENS:
         raise DocumentError("json-tokens", f"{tokens} commas and opening brackets")
-    depth = 0
-    for bracket in _BRACKET.finditer(bare):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > MAX_JSON_DEPTH:
-            raise DocumentError("json-depth", f"the document nests deeper than {MAX_JSON_DEPTH}")
+    if deepest > MAX_JSON_DEPTH:
+        raise DocumentError("json-depth", f"the document nests {deepest} deep, at most {MAX_JSON_DEPTH}")
 
 
 class _Numbers:
@@ -119,7 +125,7 @@ def _constant(name: str) -> float:
 def _check_strings(value: Any) -> None:
     """No lone surrogate and no U+0000: not every language can hold them."""
     if isinstance(value, str):
-        if "\0" in value or not (value.isascii() or _has_utf8(value)):
+        if "\0" in value or not (value.isascii() or _SURROGATE.search(value) is None):
             raise DocumentError("json-string", "a string holds U+0000 or half a surrogate pair")
     elif isinstance(value, dict):
         for key, item in value.items():
@@ -128,11 +134,3 @@ def _check_strings(value: Any) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_strings(item)
-
-
-def _has_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -68,7 +68,9 @@ def _check_payload(fd: int, contents: Contents, report: Report, progress: Progre
         found = [*_leading_gaps(fd, contents), *check_records(fd, contents, progress)]
         found.sort(key=lambda pair: pair[0])
         faults = [fault for _, fault in found]
-        faults += _check_appendices(fd, contents)
+        facts = appendices.Facts.of(contents)
+        contents.forget()
+        faults += _check_appendices(fd, contents, facts)
     except Shrunk:
         report.errors.append(Fault("file-truncated", 32, "the file became shorter while it was read"))
         report.complete = False
@@ -93,19 +95,18 @@ def _gap(fd: int, end: int, section: L.Section) -> Iterator[Fault]:
             return
 
 
-def _check_appendices(fd: int, contents: Contents) -> Iterator[Fault]:
+def _check_appendices(fd: int, contents: Contents, facts: appendices.Facts) -> Iterator[Fault]:
     end = contents.head_size
     for i, s in enumerate(contents.sections):
         if s.type not in L.CRITICAL_SECTIONS:
             yield from _gap(fd, end, s)
-            yield from _check_appendix(fd, s, L.HEADER_SIZE + i * L.DIRECTORY_ENTRY_SIZE, contents)
+            yield from _check_appendix(fd, s, L.HEADER_SIZE + i * L.DIRECTORY_ENTRY_SIZE, facts)
         end = s.offset + s.stored_size
-    drafts = appendices.draft_tensors(contents)
-    if drafts and all(s.type != L.DRFT for s in contents.sections):
-        yield Fault("draft-tensors", 0, f"{len(drafts)} tensors of role draft, but no DRFT")
+    if facts.drafts and all(s.type != L.DRFT for s in contents.sections):
+        yield Fault("draft-tensors", 0, f"{len(facts.drafts)} tensors of role draft, but no DRFT")
 
 
-def _check_appendix(fd: int, section: L.Section, at: int, contents: Contents) -> Iterator[Fault]:
+def _check_appendix(fd: int, section: L.Section, at: int, facts: appendices.Facts) -> Iterator[Fault]:
     label, digest = f"section {section.label}", xxhash.xxh64()
     for position in range(0, section.stored_size, PIECE):
         digest.update(_read(fd, section.offset + position, min(PIECE, section.stored_size - position)))
@@ -116,7 +117,7 @@ def _check_appendix(fd: int, section: L.Section, at: int, contents: Contents) ->
         for _ in _decoded(fd, section):  # the whole frame first: lines mean nothing if it is damaged
             pass
         if section.type in appendices.NAMES:
-            appendices.check(section.type, appendices.read_lines(_decoded(fd, section)), contents)
+            appendices.check(section.type, appendices.read_lines(_decoded(fd, section)), facts)
     except (FrameError, DocumentError) as error:
         yield Fault(error.code, section.offset, f"{label}: {error}")
 

@@ -1,16 +1,19 @@
 """Fast arithmetic for MLX on Linux CPUs: quantized and plain linear layers, experts, attention, norms, rotations.
 
-Experimental, and off unless SQUIZD_KERNELS=1: sums are added in another order than MLX's, so answers differ
-from mlx-lm's in the last bits (paged and resident stay the same). A compiled extension (`src/`, built by
-`python -m squizd.kernels.build`) that may be absent: then `missing()` says what is, in one line, and
-everything runs through MLX. The extension's operations are lazy MLX operations in float32; which of
-them are used, and where, is the business of `layers`.
+Used unless SQUIZD_KERNELS=0. Sums are added in another order than MLX's, so logits differ from mlx-lm's by about
+1e-6 of the largest; among themselves they are the same bit for bit, whatever is paged, batched or threaded.
+
+A compiled extension (`src/`), built when squizd is installed where there is a C++ compiler, or later by
+`python -m squizd.kernels.build`. Where it is absent, `missing()` says why, in one line, and everything runs
+through MLX. Its operations are lazy MLX operations in float32; which of them are used, and where, is
+the business of `layers`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version as version_of
 from types import ModuleType
 
@@ -19,26 +22,32 @@ _HINT = "python -m squizd.kernels.build"
 
 
 def wanted() -> bool:
-    """Whether the user asked for the kernels."""
-    return os.environ.get("SQUIZD_KERNELS") == "1"
+    """Whether the kernels may be used: unless the user turned them off."""
+    return os.environ.get("SQUIZD_KERNELS") != "0"
 
 
 def _import() -> tuple[ModuleType | None, str]:
     if not wanted():
-        return None, "off; SQUIZD_KERNELS=1 turns them on"
+        return None, "the kernels are off (SQUIZD_KERNELS=0)"
     if sys.platform != "linux":
         return None, "the kernels are for Linux"
     import mlx.core as mx
 
+    from .build import sources_digest  # here: a module that was imported already does not run cleanly with -m
+
     try:
-        from . import _native  # type: ignore[attr-defined]
+        _native = import_module("._native", __name__)
+    except ModuleNotFoundError:
+        return None, f"the kernels are not compiled ({_HINT})"
     except ImportError as error:
-        if "_native" in str(error):
-            return None, f"the kernels are not compiled ({_HINT})"
+        if "undefined symbol" in str(error):  # MLX's functions have other signatures, or are gone
+            return None, f"the kernels were compiled for another MLX than is installed ({_HINT})"
         return None, f"the compiled kernels do not load: {error} ({_HINT})"
     version = version_of("mlx").partition(".dev")[0]
     if _native.mlx_version != version:
         return None, f"the kernels were compiled for MLX {_native.mlx_version}, {version} is installed ({_HINT})"
+    if getattr(_native, "sources", "") != sources_digest():
+        return None, f"the kernels were compiled from other sources than are here ({_HINT})"
     try:  # another nanobind than MLX's own would not know its arrays
         _native.rms_norm(mx.zeros((1,)), None, 0.0)
     except TypeError:

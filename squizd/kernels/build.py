@@ -1,13 +1,16 @@
-"""Compile the kernels in place: `python -m squizd.kernels.build`.
+"""Compile the kernels: in place by `python -m squizd.kernels.build`, into a wheel from `setup.py`.
 
-Needs a C++20 compiler, nanobind, and the headers that MLX's own wheel ships. Knows nothing of the
-rest of the package and imports no MLX.
+Needs a C++20 compiler, Python's headers, nanobind, and the headers that MLX's own wheel ships. Knows nothing of the
+rest of the package and imports no MLX: `setup.py` loads this file by its path.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
 FILE = "_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+_OLDEST = (0, 32)  # MLX, as in pyproject.toml
 _COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-pthread"]
 # One object per instruction set. No contraction: every fused multiply-add is written as one.
 _EXACT = ["-ffp-contract=off", "-fno-exceptions"]
@@ -36,13 +40,33 @@ class BuildError(Exception):
     """The kernels cannot be compiled here; the message says what is missing."""
 
 
+def mlx_version(folder: Path) -> tuple[int, ...]:
+    """The version of the MLX whose headers are in `folder`; () if none are, or no library to link to."""
+    header = folder / "include" / "mlx" / "version.h"
+    if not header.is_file() or not (folder / "lib" / "libmlx.so").is_file():
+        return ()
+    return tuple(map(int, re.findall(r"#define MLX_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", header.read_text("utf-8"))))
+
+
+def sources_digest() -> str:
+    """Tells one state of the sources from another; the extension holds that of its own."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def find_mlx() -> Path:
-    """The folder of an installed MLX with headers and library: this environment's, even in an isolated build."""
+    """The folder of an installed MLX with headers and library.
+
+    The compiled kernels work with that version only. While pip builds, the environment they are for comes first,
+    if pip will leave its MLX as it is; else pip's temporary one with the newest MLX, which it then installs here too.
+    """
     found = [Path(sysconfig.get_path(kind)) / "mlx" for kind in ("purelib", "platlib")]
     spec = util.find_spec("mlx")
     found += [Path(place) for place in (spec.submodule_search_locations or () if spec else ())]
     for folder in found:
-        if (folder / "include" / "mlx" / "mlx.h").exists() and (folder / "lib" / "libmlx.so").exists():
+        if mlx_version(folder) >= _OLDEST:
             return folder
     raise BuildError("MLX's headers are not installed (Linux: pip install 'mlx[cpu]')")
 
@@ -51,16 +75,25 @@ def find_nanobind() -> Path:
     """nanobind's folder of sources."""
     spec = util.find_spec("nanobind")
     if spec is None or spec.origin is None:
-        raise BuildError("nanobind is not installed (pip install nanobind)")
+        raise BuildError("nanobind is not installed (pip install 'nanobind>=3.1,<3.2')")
     return Path(spec.origin).parent
 
 
-def find_compiler() -> str:
-    """$CXX, g++, clang++ or c++."""
-    for name in (os.environ.get("CXX", "").split(" ")[0], "g++", "clang++", "c++"):
-        if name and shutil.which(name):
-            return name
-    raise BuildError("no C++ compiler is installed (g++ or clang++)")
+def find_python() -> Path:
+    """The folder of Python's headers."""
+    folder = Path(sysconfig.get_path("include"))
+    if not (folder / "Python.h").is_file():
+        raise BuildError("Python's headers are not installed (Debian: apt install python3-dev)")
+    return folder
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, which may have arguments, or else g++, clang++ or c++."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else (["g++"], ["clang++"], ["c++"]):
+        if shutil.which(command[0]):
+            return command
+    raise BuildError(f"no C++ compiler is installed ({chosen[0] if chosen else 'g++ or clang++'})")
 
 
 def build(target: Path) -> Path:
@@ -68,28 +101,29 @@ def build(target: Path) -> Path:
     if sys.platform != "linux":
         raise BuildError("the kernels are for Linux; elsewhere MLX's own are fast")
     sets = _SETS.get(platform.machine(), {"plain": []})
-    compiler, mlx, nanobind = find_compiler(), find_mlx(), find_nanobind()
-    python = [f"-I{sysconfig.get_path('include')}"]
+    compiler, python, mlx, nanobind = find_compiler(), find_python(), find_mlx(), find_nanobind()
     binding = [
         f"-I{nanobind}/include",
         f"-I{nanobind}/ext/robin_map/include",
         "-DNB_DOMAIN=mlx",
         "-DNB_COMPACT_ASSERTIONS",
-        *python,
+        f"-I{python}",
     ]
     jobs = {name: [*_COMMON, *_EXACT, *flags, str(SOURCES / "arithmetic.cpp")] for name, flags in sets.items()}
-    jobs["choose"] = [*_COMMON, str(SOURCES / "choose.cpp")]
-    jobs["work"] = [*_COMMON, str(SOURCES / "work.cpp")]
-    jobs["mlx"] = [*_COMMON, *binding, "-isystem", f"{mlx}/include", str(SOURCES / "mlx.cpp")]
+    headers = [*binding, "-isystem", f"{mlx}/include"]
+    for name in ("module", "program", "operations", "primitives", "elementary"):  # the slowest to compile first
+        jobs[name] = [*_COMMON, *headers, f'-DSQUIZD_SOURCES="{sources_digest()}"', str(SOURCES / f"{name}.cpp")]
+    for name in ("shelf", "work", "choose"):
+        jobs[name] = [*_COMMON, str(SOURCES / f"{name}.cpp")]
     jobs["nanobind"] = [*_COMMON, "-O1", *binding, "-fno-strict-aliasing", str(nanobind / "src" / "nb_combined.cpp")]
     with tempfile.TemporaryDirectory() as folder:
         objects = {name: f"{folder}/{name}.o" for name in jobs}
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda job: _run([compiler, *job[1], "-c", "-o", objects[job[0]]]), jobs.items()))
+            list(pool.map(lambda job: _run([*compiler, *job[1], "-c", "-o", objects[job[0]]]), jobs.items()))
         library = f"{folder}/{FILE}"
         # mlx.core has loaded libmlx before; the search path is for tools that look at the file alone.
         where = ["-L", f"{mlx}/lib", "-lmlx", "-Wl,-rpath,$ORIGIN/../../mlx/lib", "-Wl,-s", "-pthread"]
-        _run([compiler, "-shared", *objects.values(), *where, "-o", library])
+        _run([*compiler, "-shared", *objects.values(), *where, "-o", library])
         target.mkdir(parents=True, exist_ok=True)
         partial = target / (FILE + ".partial")
         shutil.copyfile(library, partial)
@@ -106,9 +140,15 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} stopped: {lines[0]}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile beside this file."""
     try:
-        print(build(Path(__file__).parent))
-    except BuildError as error:
+        file = build(Path(__file__).parent)
+    except (BuildError, OSError) as error:
         print(f"squizd: the kernels were not built: {error}", file=sys.stderr)
         sys.exit(1)
+    print(f"{file}, for MLX {'.'.join(map(str, mlx_version(find_mlx())))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,9 @@ import numpy as np
 
 from .. import kernels
 from ..backend import on_cpu
-from ..kernels import layers
+from ..kernels import layers, replay
 from .io import Bytes
+from .lending import Lending
 
 _TYPES: Final = {
     "f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16,
@@ -52,10 +53,14 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
     return array, view
 
 
-def accelerate(model: nn.Module) -> None:
-    """Let squizd's kernels compute what they can of `model` where MLX's are slow: on Linux CPUs, if compiled."""
-    if sys.platform == "linux" and on_cpu():
-        layers.adopt(model)
+def accelerate(model: nn.Module, lending: Lending | None = None) -> None:
+    """Let squizd's kernels compute what they can of `model` where MLX's are slow: on Linux CPUs, if compiled.
+
+    With `lending`, of its paged layers if it has any, single tokens are replayed without their graph.
+    """
+    if sys.platform == "linux" and on_cpu() and layers.adopt(model) and lending is not None:
+        lending.shelve(kernels.native())
+        replay.install(model, lending)
 
 
 def scratch_bytes() -> int:
@@ -64,8 +69,8 @@ def scratch_bytes() -> int:
 
 
 def arithmetic() -> str:
-    """What computes on this device, for a statistics line; a reason where squizd's kernels could and do not."""
-    if sys.platform != "linux" or not on_cpu() or not kernels.wanted():
+    """What computes on this device, for a statistics line; the reason where squizd's kernels could and do not."""
+    if sys.platform != "linux" or not on_cpu():
         return "MLX"
     reason = kernels.missing()
     return f"MLX: {reason}" if reason else kernels.describe()

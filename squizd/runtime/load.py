@@ -24,6 +24,7 @@ from . import device
 from .blueprint import Blueprint, ExpertLayer, Resident, draw, fill
 from .budget import Budget, Demand, LayerDemand, make_budget, parse_share, parse_size
 from .io import Bytes
+from .lending import Lending
 from .pager import READERS, Pager, Slots, Stats
 from .probe import Needs, probe
 from .switch import PagedSwitch
@@ -72,10 +73,12 @@ class Residency:
     @property
     def stats(self) -> Stats:
         """The counters since loading or `reset_stats`, as a copy."""
+        self._pager.reclaim()
         return replace(self._pager.stats, resident_bytes=self.resident_bytes)
 
     def reset_stats(self) -> None:
         """Count from zero."""
+        self._pager.reclaim()
         self._pager.stats = Stats()
 
     def close(self) -> None:
@@ -150,7 +153,8 @@ def load_model(
         _load_residents(blueprint, file)
         paged = [_load_layer(blueprint, x, n, pager) for x, n in zip(blueprint.layers, budget.slots, strict=True)]
         mx.eval(list(_arrays(blueprint.model)))
-        device.accelerate(blueprint.model)
+        lending = Lending(pager, [m for m in blueprint.model.modules() if isinstance(m, PagedSwitch)])
+        device.accelerate(blueprint.model, lending)
     except BaseException:
         pager.close()
         raise

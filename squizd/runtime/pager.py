@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ..container.layout import MoeLayer, Record
 from ..container.reader import File
@@ -40,12 +41,20 @@ class Stats:
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else 1.0
 
 
+class Borrower(Protocol):
+    """Who may have the slots of all layers, and decides what lies in them until they are given back."""
+
+    def give_back(self) -> None:
+        """Bring `Slots` and statistics up to date, and let go."""
+
+
 class Pager:
     """Reader threads and statistics of one open file."""
 
     def __init__(self, file: File, readers: int = READERS) -> None:
         self.file = file
         self.stats = Stats()
+        self.borrower: Borrower | None = None
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(readers, thread_name_prefix="squizd-read")
 
     def run(self, jobs: Sequence[Callable[[], None]], total_bytes: int) -> list[BaseException | None]:
@@ -66,8 +75,23 @@ class Pager:
         self.stats.read_seconds += time.perf_counter() - began
         return errors
 
+    def reclaim(self) -> None:
+        """Have the slots given back, if they are lent."""
+        borrower, self.borrower = self.borrower, None
+        if borrower is not None:
+            borrower.give_back()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be read any more."""
+        return self._pool is None
+
     def close(self) -> None:
         """Stop the threads and close the file; closing twice is fine. No read outlives `run`, so none is waited for."""
+        try:
+            self.reclaim()
+        except ReadError:  # of a token that nobody waits for
+            pass
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=False)
@@ -94,8 +118,9 @@ class Slots:
         self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified
         self.policy: Policy = LRU() if policy is None else policy
         self._free = list(range(self.count))[::-1]
-        self._scatters = scatters
-        self._records = [pager.file.expert(layer.layer, e) for e in range(layer.expert_count)]
+        self.shelf: Any = None  # the native counterpart, where there is one: see `lending`
+        self.scatters = scatters
+        self.records = [pager.file.expert(layer.layer, e) for e in range(layer.expert_count)]
 
     def check(self, lowest: int, highest: int) -> None:
         """RequestError unless both are experts of this layer."""
@@ -104,6 +129,19 @@ class Slots:
                 raise RequestError(
                     f"{self.layer.path}: the router chose expert {expert}; there are {self.layer.expert_count}"
                 )
+
+    def order(self) -> list[tuple[int, int]]:
+        """(expert, slot) of what is resident, next victim first."""
+        return [(expert, self.slot_of[expert]) for expert in self.policy]
+
+    def restore(self, order: Sequence[tuple[int, int]]) -> None:
+        """Take over what somebody else did to the slots under LRU: the inverse of `order`."""
+        self.slot_of = dict(order)
+        self.policy = LRU()
+        for expert in self.slot_of:
+            self.policy.use(expert)
+        taken = set(self.slot_of.values())
+        self._free = [slot for slot in range(self.count)[::-1] if slot not in taken]
 
     def touch(self, experts: Sequence[int]) -> None:
         """Count distinct resident experts as hits and as used now."""
@@ -131,7 +169,7 @@ class Slots:
                 taken.append((expert, self._take(kept)))
             errors = self.pager.run(
                 [lambda e=e, s=s: self._read(e, s) for e, s in taken],  # type: ignore[misc]
-                sum(self._records[e].stored_size for e in missing),
+                sum(self.records[e].stored_size for e in missing),
             )
             for (expert, slot), error in zip(taken, errors, strict=True):
                 if error is None:
@@ -139,7 +177,7 @@ class Slots:
                     self.policy.use(expert)
                     done.add(expert)
                     stats.misses += 1
-                    stats.bytes_read += self._records[expert].stored_size
+                    stats.bytes_read += self.records[expert].stored_size
             for error in errors:
                 if error is not None:
                     raise error
@@ -155,9 +193,9 @@ class Slots:
         return self.slot_of.pop(victim)
 
     def _read(self, expert: int, slot: int) -> None:
-        record: Record = self._records[expert]
+        record: Record = self.records[expert]
         try:
-            self._scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
+            self.scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
         except ReadError as error:
             raise ExpertReadError(self.pager.file.path, self.layer.layer, expert, record.offset, str(error)) from error
 

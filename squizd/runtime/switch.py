@@ -20,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels import replay
 from .pager import Slots
 
 KEPT_BYTES = 1 << 18  # a larger result is waited for at once, so that it need not be kept
@@ -52,7 +53,10 @@ class PagedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         paging = self._paging
+        if replay.tracing():
+            return self._inner(x, replay.placed(indices, paging.slots.shelf))
         with paging.lock:
+            paging.slots.pager.reclaim()
             if paging.last is None:
                 mx.eval(indices)
             else:
@@ -70,6 +74,18 @@ class PagedSwitch(nn.Module):
             else:
                 mx.eval(out)
             return out
+
+    @property
+    def slots(self) -> Slots:
+        """What is resident, and where."""
+        return self._paging.slots
+
+    def settle(self) -> None:
+        """Wait until nothing reads a slot."""
+        with self._paging.lock:
+            if self._paging.last is not None:
+                mx.eval(self._paging.last)
+                self._paging.last = None
 
     def _few(self, slots: Slots, x: mx.array, chosen: list[int], shape: tuple[int, ...]) -> mx.array:
         slot_of = slots.slot_of

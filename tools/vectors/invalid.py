@@ -1,4 +1,4 @@
-"""One file per rule that a file can break, each made from a valid file by one change.
+"""One file per rule that a file can break, each made from a valid file by one change; `more` has further ones.
 
 A change is made before digests are computed wherever that is possible, so that the fault itself is what a
 reader finds.
@@ -358,14 +358,14 @@ spec("value-overflow", "toy", "15 * 4352 + 256 exceeds 65504, the largest f16", 
 # -- appendices ------------------------------------------------------------------------------------------
 
 
-def appendix(code: str, kind: str, change: str, content: Callable[[Spec], bytes]) -> None:
+def appendix(code: str, kind: str, change: str, content: Callable[[Spec], bytes], base: str = "appendices") -> None:
     """A fault in one appendix, stored raw."""
 
     def function(s: Spec) -> None:
         found = next(a for a in s.appendices if a.type == kind)
         found.content, found.coded = content(s), None
 
-    spec(code, "appendices", f"{kind}: {change}", function, True)
+    spec(code, base, f"{kind}: {change}", function, True)
 
 
 def _profile(code: str, change: str, **members: Any) -> None:

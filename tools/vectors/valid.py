@@ -14,7 +14,7 @@ import xxhash
 
 from . import zstd
 from .build import Appendix, Coded, Expert, Spec, Tensor, raw_record
-from .tensors import affine, f32, microscaling, raw
+from .tensors import Stream, affine, f32, microscaling, raw
 
 FRAMES = Path(__file__).with_name("frames.json")
 MAKERS: dict[str, Callable[[], Spec]] = {}
@@ -37,20 +37,20 @@ def metadata(**members: Any) -> dict[str, Any]:
     return {"model": {"config": {"model_type": "toy"}}, "recipe": {}, "provenance": {}} | members
 
 
-def compressed(key: str, content: bytes) -> Coded:
-    """A frame with compressed blocks from frames.json (see `make_fixtures.py --frames`)."""
+def compressed(key: str, content: bytes, window_log: int = 10) -> Coded:
+    """A frame with compressed blocks from frames.json (made anew where its content changed)."""
     wanted = hashlib.sha256(content).hexdigest()
     if _frames.get(key, {}).get("sha256") != wanted:
-        remake_frame(key, content, wanted)
+        remake_frame(key, content, wanted, window_log)
     return Coded(bytes.fromhex(_frames[key]["frame"]))
 
 
-def remake_frame(key: str, content: bytes, wanted: str) -> None:
+def remake_frame(key: str, content: bytes, wanted: str, window_log: int) -> None:
     """Make a frame anew with the installed zstd; only where its content changed."""
     import zstandard
 
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        19, write_checksum=1, write_content_size=1, window_log=10
+        19, write_checksum=1, write_content_size=1, window_log=window_log
     )
     frame = zstandard.ZstdCompressor(compression_params=parameters).compress(content)
     _frames[key] = {"sha256": wanted, "frame": frame.hex()}
@@ -308,6 +308,50 @@ def draft_head(tensors: list[Tensor], changes: dict[str, Any] | None = None) -> 
     listed = [{"name": t.name, "digest": digest_of([t])} for t in tensors]
     document = {"appendix": "draft", "version": 1, "kind": "eagle", "hidden": 32, "source_layers": [0, 1]}
     return lines(document | {"tensors": listed} | (changes or {}))
+
+
+@vector
+def two_forms() -> Spec:
+    """up_proj and fc1 in one layout, modules of one rank mixed; an unused layout; a draft head of another kind."""
+    both = [
+        affine("gate_proj.weight", "expert", 4, 32, "bf16", (2, 32)), raw("fc1.weight", "expert", "f16", (2, 1, 4)),
+        _bias("fc1", 2), _bias("gate_proj", 2),
+        raw("fc2.weight", "expert", "f16", (4, 2)), raw("up_proj.weight", "expert", "f16", (2, 32)),
+        raw("down_proj.weight", "expert", "f16", (32, 2)),
+    ]  # fmt: skip
+    differing = [raw("fc1.weight", "expert", "f16", (5, 4)), raw("up_proj.weight", "expert", "f16", (3, 4))]
+    neither = [raw("down_proj.weight", "expert", "f32", (4, 4)), raw("w", "expert", "i8", (3,))]
+    config = {"model_type": "toy", "hidden_size": 16.0, "num_hidden_layers": None}
+    draft = raw("draft.head.weight", "draft", "bf16", (4, 2))
+    layers = [(2, "a.experts", [Expert(0, both), Expert(0, both)]), (5, "b.experts", [Expert(2, neither)])]
+    spec = Spec(text(metadata(model={"config": config})), [(draft, None)], [], [both, differing, neither], layers)
+    spec.appendices = [
+        Appendix("SPRS", clusters(spec, 2, 7)),
+        Appendix("DRFT", draft_head([draft], {"kind": "medusa", "hidden": 7, "source_layers": [0, 41]})),
+    ]
+    return spec
+
+
+def clusters(spec: Spec, *widths: int) -> bytes:
+    """Sparsity of experts of one cluster each, with a predictor that no version knows."""
+    out: list[Any] = [{"appendix": "sparsity", "version": 1}]
+    for (layer, _, experts), width in zip(spec.layers, widths, strict=True):
+        least = {"clusters": 1, "boundaries": [0, width], "histogram": [0], "predictor": {"kind": "table", "rank": 8}}
+        out.append(
+            {"layer": layer, "width": width, "experts": [least | {"digest": digest_of(e.tensors)} for e in experts]}
+        )
+    return lines(*out)
+
+
+@vector
+def large_frame() -> Spec:
+    """An embedded file of 300,000 bytes in a frame whose window is smaller; matches from block to block."""
+    piece = Stream("large").take(4680)
+    content = b"".join(piece[:-6] + b"%06d" % i for i in range(64)) + b"x" * 480
+    spec = toy()
+    spec.files = [("tokenizer.json", content, compressed("large", content, 17))]
+    spec.layers = [moe_layer(0, 1)]
+    return spec
 
 
 @vector

@@ -47,22 +47,34 @@ INLINE void set(Decoder<BITS, FP>& d, const Row& r, int g) {
     d.set(r.scales[g], r.biases[g]);
 }
 
-template <int BITS, bool FP, int ROWS>
+// Bytes of codes between use and prefetch, in storage order: a page.
+constexpr int AHEAD = 4096;
+
+// y[0..ROWS) = rows n.. of w times x. UNITS of a group; 0: as w says.
+template <int BITS, bool FP, int UNITS, int ROWS>
 INLINE void dot_rows(const Matrix& w, int n, const float* x, float* y) {
-  Row r[ROWS];
   V acc[ROWS];
-  for (int i = 0; i < ROWS; i++) r[i] = row(w, n + i), acc[i] = zero();
-  const int groups = w.cols / w.group, units = w.group / UNIT;
-  size_t at = 0;
-  for (int g = 0; g < groups; g++) {
+  for (int i = 0; i < ROWS; i++) acc[i] = zero();
+  Row r = row(w, n);
+  const int groups = w.cols / w.group, units = UNITS ? UNITS : w.group / UNIT;
+  const int bytes = units * 4 * BITS, groups_ahead = AHEAD / bytes;
+  const size_t stride = w.row_bytes();
+  // Rows lie one after another: what ROWS of them use in one group is prefetched as one stream per array.
+  const uint8_t* next = r.codes + AHEAD;
+  for (int g = 0; g < groups; g++, next += bytes * ROWS) {
     Decoder<BITS, FP> d[ROWS];
-    for (int i = 0; i < ROWS; i++) set<BITS, FP>(d[i], r[i], g);
-    for (int i = 0; i < ROWS; i++) __builtin_prefetch(r[i].codes + at + 2 * ROWS * w.row_bytes());
-    for (int u = 0; u < units; u++, at += 4 * BITS, x += UNIT) {
+    for (int i = 0; i < ROWS; i++) set<BITS, FP>(d[i], r, i * groups);
+    for (int i = 0; i < bytes * ROWS; i += 64) __builtin_prefetch(next + i);
+    if constexpr (!FP) {
+      __builtin_prefetch(r.scales++ + (ROWS - 1) * g + groups_ahead);
+      __builtin_prefetch(r.biases++ + (ROWS - 1) * g + groups_ahead);
+    } else
+      r.exponents++;
+    for (int u = 0; u < units; u++, r.codes += 4 * BITS, x += UNIT) {
       V xa = load(x), xb = load(x + LANES);
       for (int i = 0; i < ROWS; i++) {
         V a, b;
-        d[i].unit(r[i].codes + at, a, b);
+        d[i].unit(r.codes + i * stride, a, b);
         acc[i] = fma(xb, b, fma(xa, a, acc[i]));
       }
     }
@@ -73,11 +85,19 @@ INLINE void dot_rows(const Matrix& w, int n, const float* x, float* y) {
     for (int i = 0; i < ROWS; i++) y[i] = sum(acc[i]);
 }
 
+template <int BITS, bool FP, int UNITS>
+void dots(const Matrix& w, int first, int last, const float* x, float* y) {
+  int n = first;
+  for (; n + 4 <= last; n += 4) dot_rows<BITS, FP, UNITS, 4>(w, n, x, y + n);
+  for (; n < last; n++) dot_rows<BITS, FP, UNITS, 1>(w, n, x, y + n);
+}
+
 template <int BITS, bool FP>
 void one(const Matrix& w, int first, int last, const float* x, float* y) {
-  int n = first;
-  for (; n + 4 <= last; n += 4) dot_rows<BITS, FP, 4>(w, n, x, y + n);
-  for (; n < last; n++) dot_rows<BITS, FP, 1>(w, n, x, y + n);
+  if (w.group == 64)
+    dots<BITS, FP, 2>(w, first, last, x, y);
+  else
+    dots<BITS, FP, 0>(w, first, last, x, y);
 }
 
 template <int BITS, bool FP>

@@ -1,0 +1,124 @@
+// What Python sees of the kernels.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/tuple.h>
+
+#include "mlx/version.h"
+#include "operations.h"
+#include "program.h"
+
+namespace squizd {
+namespace {
+
+using Bank = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Python's hold on a program. A shared_ptr of nanobind's would take Python's lock to let go, which MLX's thread must not.
+struct HeldProgram {
+  std::shared_ptr<Program> program;
+};
+
+// Keeps the banks that a shelf writes to.
+struct HeldShelf {
+  std::shared_ptr<Shelf> shelf;
+  std::vector<Bank> banks;
+};
+
+// parts: (offset, size, widening) of each bank, in the order of `banks`; records: (offset, size, XXH64) of each expert
+HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Bank> banks,
+                     const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
+                     const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records) {
+  if (banks.empty() || banks.size() != parts.size()) throw std::invalid_argument("one bank for each part");
+  const size_t slots = banks[0].shape(0);
+  std::vector<Part> ours;
+  for (size_t i = 0; i < parts.size(); i++) {
+    const auto& [offset, size, widening] = parts[i];
+    const Widen how = widening == "bf16" ? FROM_BF16 : widening == "f16" ? FROM_F16 : AS_STORED;
+    if (how == AS_STORED && !widening.empty()) throw std::invalid_argument("unknown widening");
+    if (banks[i].shape(0) != slots || banks[i].shape(1) != size * (how ? 2 : 1)) throw std::invalid_argument("a bank of another size");
+    ours.push_back({offset, size, how, banks[i].data(), banks[i].shape(1)});
+  }
+  std::vector<Extent> extents;
+  for (const auto& [offset, size, digest] : records) extents.push_back({offset, size, digest});
+  return {std::make_shared<Shelf>(name, fd, layer, std::move(ours), std::move(extents), int(slots)), std::move(banks)};
+}
+
+PyObject* failed_read = nullptr;  // the class to raise, with (path, layer, expert, offset, reason)
+size_t reported = 0;  // how often that was raised
+
+// MLX hands on only the message of what went wrong in its threads: here it becomes the exception that it was.
+void translate(const std::exception_ptr& thrown, void*) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const std::runtime_error& error) {
+    const Failure f = last_failure();
+    if (!failed_read || f.message.empty() || f.message != error.what()) throw;
+    nb::object value = nb::borrow(failed_read)(f.path, f.layer, f.expert, f.offset, f.reason);
+    reported++;
+    PyErr_SetObject(failed_read, value.ptr());
+  }
+}
+
+}  // namespace
+}  // namespace squizd
+
+NB_MODULE(_native, m) {
+  using namespace squizd;
+  nb::module_::import_("mlx.core");
+  m.attr("mlx_version") = std::to_string(MLX_VERSION_MAJOR) + "." + std::to_string(MLX_VERSION_MINOR) + "." + std::to_string(MLX_VERSION_PATCH);
+  m.attr("sources") = SQUIZD_SOURCES;
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (auto* const* i = ALL; *i; i++)
+      if (usable(**i)) names.push_back((*i)->name);
+    return names;
+  }, "Those that this processor has, best first.");
+  m.def("use", [](const std::string& name) {
+    for (auto* const* i = ALL; *i; i++)
+      if (usable(**i) && name == (*i)->name) {
+        machine().math = *i;
+        return true;
+      }
+    return false;
+  }, nb::arg("instruction_set"));
+  m.def("in_use", [] { return std::string(machine().math->name); });
+  m.def("set_threads", [](int n) { machine().pool = std::make_unique<Pool>(n); }, nb::arg("count"));
+  m.def("threads", [] { return machine().pool->workers(); });
+  m.def("linear", &lazy::linear);
+  m.def("expert_linear", &lazy::expert_linear);
+  m.def("swiglu_experts", &lazy::swiglu_experts);
+  m.def("embed", &lazy::embed);
+  m.def("append", &lazy::append);
+  m.def("rms_norm", &lazy::rms_norm, nb::arg(), nb::arg().none(), nb::arg());
+  m.def("rope", &lazy::rope);
+  m.def("attention", &lazy::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
+
+  nb::register_exception_translator(translate);
+  m.def("on_failed_read", [](nb::object kind) { failed_read = kind.release().ptr(); });
+  m.def("reported", [] { return reported; });
+  m.def("xxh64", [](nb::bytes data) { return xxh64(static_cast<const uint8_t*>(data.data()), data.size()); });
+  nb::class_<HeldShelf>(m, "Shelf")
+      .def("__init__", [](HeldShelf* self, const std::string& name, int fd, int layer, std::vector<Bank> banks,
+                          const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
+                          const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records) {
+        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), parts, records));
+      })
+      .def("order", [](const HeldShelf& s) { return s.shelf->order(); })
+      .def("arrange", [](HeldShelf& s, const std::vector<std::pair<int, int>>& order) { s.shelf->arrange(order); })
+      .def("take_counts", [](HeldShelf& s) {
+        const Shelf::Counts c = s.shelf->take_counts();
+        return std::make_tuple(c.hits, c.misses, c.evictions, c.bytes, c.seconds);
+      });
+  m.def("placeholder", [](const std::vector<int>& shape, bool position) {
+    return placeholder(mx::Shape(shape.begin(), shape.end()), position ? mx::int32 : mx::uint32);
+  });
+  m.def("cached", &cached);
+  m.def("placed", [](const array& ids, const HeldShelf& s) { return placed(ids, s.shelf); });
+  nb::class_<HeldProgram>(m, "Program")
+      .def("__init__", [](HeldProgram* self, const array& result, const array& token, const array& position, int caches) {
+        new (self) HeldProgram{std::make_shared<Program>(result, token, position, caches)};
+      })
+      .def("jobs", [](const HeldProgram& p) { return p.program->jobs(); })
+      .def("step", [](const HeldProgram& p, const array& token, const Arrays& caches, int position) {
+        return Program::step(p.program, token, caches, position);
+      });
+}

@@ -1,0 +1,44 @@
+// One token of a model as a list of jobs over fixed memory: what building and walking MLX's graph costs, over a thousand
+// nodes a token, is paid once. Made from the graph of a real call, so it knows nothing of any model.
+#pragma once
+#include <mutex>
+
+#include "primitives.h"
+#include "shelf.h"
+
+namespace squizd {
+
+// In a graph that becomes a program: `fresh` [1, heads, 1, width] is appended to cache number `index`, and the result is
+// all of that cache; or expert ids become slots of a shelf. Neither can be evaluated.
+array cached(const array& fresh, int index);
+array placed(const array& ids, std::shared_ptr<Shelf> shelf);
+// An input of such a graph; what depends on it cannot be evaluated either.
+array placeholder(const mx::Shape& shape, mx::Dtype dtype);
+
+class Program {
+ public:
+  // `result` in terms of two placeholders, a token id and its position. Throws std::invalid_argument for a graph that holds
+  // an operation which is not known here, or a cache used in another way than by attention.
+  Program(const array& result, const array& token, const array& position, int caches);
+  Program(const Program&) = delete;
+
+  // [result, caches...] for a token; `caches` [1, heads, capacity, width] hold `position` rows, and one more afterwards. Lazy.
+  static Arrays step(const std::shared_ptr<Program>& program, const array& token, const Arrays& caches, int position);
+
+  size_t jobs() const { return jobs_.size(); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  friend class Step;
+  void run(const void* token, int position, const std::vector<Attend::Cache>& caches, float* result);
+  void emit(const array& node, std::unordered_map<uintptr_t, array>& real, std::unordered_map<uintptr_t, int>& appended);
+
+  std::mutex running_;
+  std::vector<Job> jobs_;
+  std::vector<array> kept_;  // owns all memory that the jobs use
+  array token_, position_, result_;
+  std::vector<Attend::Cache> caches_;
+  size_t bytes_ = 0;
+};
+
+}  // namespace squizd

@@ -1,0 +1,111 @@
+"""The expert slots of paged layers in the hands of the kernels while they replay tokens: see `kernels.replay`.
+
+Slots and what lies in them belong either to `Slots` (Python decides, in `switch`) or to native shelves
+(the kernels decide, without asking Python), never to both. `lend` hands them over; whoever needs them in
+Python calls `Pager.reclaim` first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..container.layout import RAW
+from ..errors import ExpertReadError, ReadError
+from .pager import Pager, Slots
+from .policy import LRU
+from .switch import PagedSwitch
+
+
+class Lending:
+    """All paged layers of one model."""
+
+    def __init__(self, pager: Pager, switches: Sequence[PagedSwitch]) -> None:
+        self._pager, self._switches = pager, tuple(switches)
+        self._shelves: list[tuple[Slots, Any]] = []
+        self._kernels: Any = None
+        self._running: deque[tuple[mx.array, int]] = deque()  # not waited for yet; errors reported when each began
+
+    def shelve(self, kernels: Any) -> None:
+        """Make the native counterparts of all slots; a layer that has none cannot be replayed."""
+        self._kernels = kernels
+        kernels.on_failed_read(ExpertReadError)
+        for switch in self._switches:
+            switch.slots.shelf = make_shelf(kernels, switch.slots)
+            self._shelves.append((switch.slots, switch.slots.shelf))
+
+    def lend(self) -> None:
+        """Hand over, once nothing in flight reads a slot."""
+        if self._pager.borrower is self:
+            return
+        if self._pager.closed:
+            raise ReadError(f"{self._pager.file.path}: the model is closed")
+        for switch in self._switches:
+            switch.settle()
+        for slots, shelf in self._shelves:
+            shelf.arrange(slots.order())
+        self._pager.borrower = self
+
+    def started(self, result: mx.array) -> None:
+        """`result` is computed from what is lent: begin at once, for slots change with every token.
+
+        Up to three tokens may be under way. A read that fails is raised here, or where MLX waits for the token.
+        """
+        if not self._shelves:
+            return
+        self._running.append((result, self._kernels.reported()))
+        try:
+            mx.async_eval(result)
+            if len(self._running) > 2:
+                mx.eval(self._running.popleft()[0])
+        except ReadError:
+            self._finish()
+            raise
+
+    def _finish(self) -> ReadError | None:
+        """Wait until nothing is under way; returns an error that nobody has been told of yet."""
+        untold: ReadError | None = None
+        while self._running:
+            result, reported = self._running.popleft()
+            told = self._kernels.reported() > reported
+            try:
+                mx.eval(result)
+            except ReadError as error:
+                untold = untold or (None if told else error)
+        return untold
+
+    def give_back(self) -> None:
+        """Wait for the kernels, and let Python decide again. Raises ExpertReadError once that is done."""
+        error = self._finish()
+        stats = self._pager.stats
+        for slots, shelf in self._shelves:
+            slots.restore(shelf.order())
+            hits, misses, evictions, size, seconds = shelf.take_counts()
+            stats.hits += hits
+            stats.misses += misses
+            stats.evictions += evictions
+            stats.bytes_read += size
+            stats.read_seconds += seconds
+        if error is not None:
+            raise error
+
+
+def make_shelf(kernels: Any, slots: Slots) -> Any:
+    """The native counterpart of `slots`, or None: for raw records of one layout under LRU only."""
+    records = slots.records
+    layouts = {record.layout for record in records}
+    if len(layouts) != 1 or type(slots.policy) is not LRU or any(record.codec != RAW for record in records):
+        return None
+    scatter = slots.scatters[layouts.pop()]
+    parts = sorted(zip(scatter.parts, slots.banks, strict=True), key=lambda pair: pair[0].offset)
+    return kernels.Shelf(
+        str(slots.pager.file.path),
+        slots.pager.file.fileno(),
+        slots.layer.layer,
+        [bank for _, bank in parts],
+        [(part.offset, part.size, part.widen) for part, _ in parts],
+        [(record.offset, record.stored_size, record.digest) for record in records],
+    )
