@@ -92,6 +92,7 @@ def main() -> None:
     os.environ |= {"SQUIZD_THREADS": str(options.threads), "SQUIZD_KERNELS": "1"}
     sides = {
         "squizd": squizd_side(options.file, "100%", False),
+        "squizd, 50% resident": squizd_side(options.file, "50%", False),
         "squizd, 25% resident": squizd_side(options.file, "25%", False),
         "mlx": squizd_side(options.file, "100%", True),
     }

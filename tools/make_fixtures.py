@@ -10,7 +10,7 @@ fixtures/valid/NAME.squizd has NAME.json beside it, which lists every tensor wit
 decoded values of float tensors are NAME.npy, one float32 array for all of them (`start`, `count`); those
 of integer tensors stand in the JSON. fixtures/invalid/CODE.squizd breaks the rule CODE and no other that
 is checked before it, and so does CODE.MORE.squizd, in another way or with a second fault after it; index.json
-says what was changed, and whether only deep validation can tell.
+says what was changed, and whether only deep validation, or only a reader with zstd, can tell.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from vectors import invalid, more, valid  # noqa: F401  (more adds to the faults of invalid)
+from vectors import edges, invalid, more, valid  # noqa: F401  (more and edges add to the faults of invalid)
 from vectors.build import Spec, Tensor, lay_out, raw_record, seal
 from vectors.dump import dump
 from vectors.tensors import INTEGERS
@@ -88,8 +88,9 @@ def make(folder: Path) -> None:
         code, _, _ = name.partition(".")
         (folder / "invalid" / f"{name}.squizd").write_bytes(fault.make())
         index.append(
-            {"file": f"{name}.squizd", "code": code, "deep": fault.deep, "base": fault.base, "change": fault.change}
-        )
+            {"file": f"{name}.squizd", "code": code, "deep": fault.deep, "coded": fault.coded, "base": fault.base,
+             "change": fault.change}
+        )  # fmt: skip
     (folder / "invalid" / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 

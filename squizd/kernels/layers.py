@@ -217,6 +217,11 @@ def adopt(model: nn.Module) -> bool:
     return True
 
 
+def in_use() -> bool:
+    """Whether modules that were adopted compute with the kernels now."""
+    return not isinstance(_kernels, _Nothing)
+
+
 @contextmanager
 def switched_off() -> Iterator[None]:
     """Everything through MLX while inside: for comparison. Not for use while another thread computes."""

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
-from . import native
+from . import layers, native
 
 _trace = threading.local()
 
@@ -73,9 +73,21 @@ class Replay:
         self._program: Any = None
         self._lock = threading.Lock()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether tokens are replayed."""
+        return self._program is not None
+
     def fits(self, inputs: mx.array, cache: Any) -> bool:
         """One token, and a plain cache with room for it in every layer."""
-        if self.reason or tracing() or inputs.shape != (1, 1) or not isinstance(cache, list) or not cache:
+        if (
+            self.reason
+            or tracing()
+            or not layers.in_use()
+            or inputs.shape != (1, 1)
+            or not isinstance(cache, list)
+            or not cache
+        ):
             return False
         position = getattr(cache[0], "offset", None)
         return all(

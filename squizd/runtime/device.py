@@ -18,6 +18,7 @@ import numpy as np
 from .. import kernels
 from ..backend import on_cpu
 from ..kernels import layers, replay
+from ..kernels.replay import Replay
 from .io import Bytes
 from .lending import Lending
 
@@ -53,14 +54,15 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
     return array, view
 
 
-def accelerate(model: nn.Module, lending: Lending | None = None) -> None:
+def accelerate(model: nn.Module, lending: Lending | None = None) -> Replay | None:
     """Let squizd's kernels compute what they can of `model` where MLX's are slow: on Linux CPUs, if compiled.
 
     With `lending`, of its paged layers if it has any, single tokens are replayed without their graph.
     """
     if sys.platform == "linux" and on_cpu() and layers.adopt(model) and lending is not None:
         lending.shelve(kernels.native())
-        replay.install(model, lending)
+        return replay.install(model, lending)
+    return None
 
 
 def scratch_bytes() -> int:

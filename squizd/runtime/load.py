@@ -20,6 +20,7 @@ from .. import container
 from ..container.layout import RAW
 from ..container.reader import File
 from ..errors import ReadError, RequestError, SourceError
+from ..kernels.replay import Replay
 from . import device
 from .blueprint import Blueprint, ExpertLayer, Resident, draw, fill
 from .budget import Budget, Demand, LayerDemand, make_budget, parse_share, parse_size
@@ -37,11 +38,14 @@ class Residency:
     """What is in memory of one loaded model, and why. `state(model)` returns it.
 
     Attributes: `file` (the open container), `budget` (bytes by purpose, slots per layer), `paged_layers`
-    (expert layers with fewer slots than experts; 0: the graph is mlx-lm's own).
+    (expert layers with fewer slots than experts; 0: the graph is mlx-lm's own), `replay` (how squizd's kernels
+    compute single tokens, where there are kernels).
     """
 
-    def __init__(self, file: File, budget: Budget, pager: Pager, paged_layers: int) -> None:
-        self.file, self.budget, self.paged_layers = file, budget, paged_layers
+    def __init__(
+        self, file: File, budget: Budget, pager: Pager, paged_layers: int, replay: Replay | None = None
+    ) -> None:
+        self.file, self.budget, self.paged_layers, self.replay = file, budget, paged_layers, replay
         self._pager = pager
 
     @property
@@ -154,12 +158,12 @@ def load_model(
         paged = [_load_layer(blueprint, x, n, pager) for x, n in zip(blueprint.layers, budget.slots, strict=True)]
         mx.eval(list(_arrays(blueprint.model)))
         lending = Lending(pager, [m for m in blueprint.model.modules() if isinstance(m, PagedSwitch)])
-        device.accelerate(blueprint.model, lending)
+        replay = device.accelerate(blueprint.model, lending)
     except BaseException:
         pager.close()
         raise
     pager.stats = Stats()
-    blueprint.model.squizd = Residency(file, budget, pager, sum(paged))
+    blueprint.model.squizd = Residency(file, budget, pager, sum(paged), replay)
     return blueprint.model
 
 

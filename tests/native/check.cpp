@@ -4,10 +4,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "../../squizd/kernels/src/shelf.h"
 #include "../../squizd/kernels/src/work.h"
 
 using namespace squizd;
@@ -184,10 +188,65 @@ void check_attention(Pool& pool, int heads, int queries, int keys, int width, bo
   }
 }
 
+// Experts of three parts from a file into exact-size banks: what lies in a slot is what was written, whatever was there
+// before; damage, a short file and forged ids are errors that leave the shelf usable.
+void check_shelf(Pool& pool, int slots) {
+  constexpr int EXPERTS = 9;
+  constexpr size_t RAW = 200, CODES = 70, SCALES = 26;
+  char name[] = "/tmp/squizd-check-XXXXXX";
+  const int fd = mkstemp(name);
+  unlink(name);
+  std::vector<uint8_t> file = exact<uint8_t>(EXPERTS * RAW);
+  for (auto& byte : file) byte = uint8_t(random_bits());
+  if (pwrite(fd, file.data(), file.size(), 0) != ssize_t(file.size())) abort();
+  auto codes = exact<uint8_t>(CODES * size_t(slots)), wide = exact<uint8_t>(2 * SCALES * size_t(slots));
+  std::vector<Part> parts{{0, CODES, AS_STORED, codes.data(), CODES}, {128, SCALES, FROM_BF16, wide.data(), 2 * SCALES}};
+  std::vector<Extent> records;
+  for (size_t i = 0; i < EXPERTS; i++) records.push_back({i * RAW, RAW, xxh64(&file[i * RAW], RAW)});
+  Shelf shelf("file", fd, 3, parts, records, slots);
+
+  auto right = [&](int expert, uint32_t slot) {
+    bool good = slot < uint32_t(slots) && !memcmp(&codes[slot * CODES], &file[size_t(expert) * RAW], CODES);
+    for (size_t i = 0; i < SCALES; i++) {
+      const uint8_t* to = &wide[slot * 2 * SCALES + i / 2 * 4];
+      good = good && to[2 + i % 2] == file[size_t(expert) * RAW + 128 + i] && !to[0] && !to[1];
+    }
+    return good;
+  };
+  for (int round = 0; round < 200; round++) {
+    uint32_t ids[4], where[4];
+    const int count = 1 + int(random_bits() % unsigned(slots < 4 ? slots : 4));
+    for (int i = 0; i < count; i++) ids[i] = random_bits() % EXPERTS;
+    shelf.place(ids, count, where, pool);
+    for (int i = 0; i < count; i++) expect(right(int(ids[i]), where[i]), "shelf", "-", round, int(ids[i]), slots);
+    if (round % 50 == 49) shelf.arrange(shelf.order());
+  }
+  auto throws = [&](uint32_t id) {
+    uint32_t where;
+    try {
+      shelf.place(&id, 1, &where, pool);
+    } catch (const std::exception&) {
+      return true;
+    }
+    return false;
+  };
+  for (uint32_t id : {uint32_t(EXPERTS), 1u << 31, ~0u}) expect(throws(id), "forged id", "-", int(id), 0, slots);
+  shelf.arrange({});
+  const uint8_t changed = uint8_t(file[5 * RAW + 100] ^ 1);  // in the padding between parts
+  if (pwrite(fd, &changed, 1, 5 * RAW + 100) != 1) abort();
+  expect(throws(5) && last_failure().expert == 5 && last_failure().offset == 5 * RAW, "damage", "-", 5, 0, slots);
+  if (pwrite(fd, &file[5 * RAW + 100], 1, 5 * RAW + 100) != 1) abort();
+  expect(!throws(5) && right(5, uint32_t(shelf.order().back().second)), "repair", "-", 5, 0, slots);
+  if (ftruncate(fd, RAW * 7 + 1)) abort();
+  expect(throws(7) && throws(8) && !throws(6), "short file", "-", 0, 0, slots);
+  close(fd);
+}
+
 }  // namespace
 
 int main() {
   Pool pool(3);
+  for (int slots : {1, 2, 4, 9}) check_shelf(pool, slots);
   for (int bits : {2, 3, 4, 5, 6, 8})
     for (int group : {32, 64, 128})
       for (int count : {1, 2, 13})

@@ -1816,7 +1816,7 @@ static Reader the_reader;
 
 static void open_file(Reader *r, const char *path) {
     struct stat st;
-    r->fd = open(path, O_RDONLY);
+    r->fd = open(path, O_RDONLY | O_NONBLOCK); /* a pipe would block */
     if (r->fd < 0) cannot(r, "cannot open");
     if (fstat(r->fd, &st) || !S_ISREG(st.st_mode)) cannot(r, "not a regular file");
     r->size = (uint64_t)st.st_size;

@@ -27,15 +27,14 @@ INDEXES = {"FILE": (NAME + "zero:2s" + RECORD, 48, 1 << 8), "TENS": (TENSOR + " 
 INDEXES |= {"LAYT": ("first:I count:I raw:Q", 16, 1 << 10), "EXPI": ("layer:I expert:I zero:0s" + RECORD, 48, 1 << 17)}
 INDEXES |= {"MOEL": ("layer:I count:I " + NAME + "zero:2s", 16, 1 << 12)}
 ORDER = ["META", "STRS", "FILE", "TENS", "LAYT", "MOEL", "EXPI", "BNDL", "RESD", "SHRD"]  # seven of the head, data
-KNOWN = [*ORDER, "PROF", "SPRS", "DRFT", "ASTC", "ANEC"]
+KNOWN, SURROGATE = [*ORDER, "PROF", "SPRS", "DRFT", "ASTC", "ANEC"], "[\ud800-\udfff]"
 SHOWN = "name layer expert count mode dtype bits group shape layout offset stored raw codec"
 ABSENT = SimpleNamespace(at=0, offset=0, end=0, rows=(), more=0)
 ENCODINGS = {*product([1], [2, 3, 4, 5, 6, 8], [32, 64, 128]), (0, 0, 0), (2, 4, 32), (3, 8, 32), (4, 4, 16)}
 WIDTHS, LETTERS = (0, 4, 2, 2, 1, 1, 2, 2, 4, 4, 8, 8), "-fefBbHhIiQq"  # of a dtype: bytes, type in the module struct
-SURROGATE, CONTROL = "[\ud800-\udfff]", "[\0-\x1f\x7f-\x9f]"
 E2M1 = [sign * x for sign in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
 E4M3 = [(-1.0 if c & 128 else 1.0) * ldexp((c & 7) + 8 * (c & 120 > 0), max(c >> 3 & 15, 1) - 10) for c in range(256)]
-RANKS = {"gate_proj": 0, "up_proj": 1, "down_proj": 2, "fc1": 0, "fc2": 1}
+RANKS, CONTROL = {"gate_proj": 0, "up_proj": 1, "down_proj": 2, "fc1": 0, "fc2": 1}, "[\0-\x1f\x7f-\x9f]"
 BARE, TEXT, HASH, COUNT = r"(?a:\w([\w.-]{0,126}[\w-])?)", "(?s:.*)", "[0-9a-f]{64}", range(1 << 53)
 SOURCE = {"repo?": TEXT, "revision?": TEXT, "files?": [{"name": TEXT, "size": COUNT, "sha256": HASH}]}
 ORIGIN = {"tool?": TEXT, "version?": TEXT, "source?": SOURCE, "calibration?": {"sha256?": HASH}}
@@ -164,8 +163,9 @@ def read(path):  # what a file holds, after all structural checks in the order o
         check(e, index_reserved=not any(e.reserved + e.zero), record_raw_size=e.raw == sizes[e.layout])
         return e.offset + e.stored
 
-    size = os.path.getsize(path)  # 0 of pipes and devices
-    check(0, file_empty=size)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would block
+        raise OSError("not a regular file")
+    check(0, file_empty=(size := os.path.getsize(path)))
     with open(path, "rb") as file:
         data = memoryview(mmap(file.fileno(), 0, access=ACCESS_READ))
     sections, files, tensors, modules, experts, names, names_end = {}, {}, {}, {}, {}, {}, 0

@@ -88,6 +88,7 @@ class Spec:
     optional_features: int = 0
     share_names: bool = True
     extra: dict[str, bytes] = field(default_factory=dict)  # bytes to append to a head section
+    replaced: dict[str, bytes] = field(default_factory=dict)  # bytes in place of a head section
 
 
 @dataclass
@@ -181,6 +182,7 @@ def lay_out(spec: Spec) -> Draft:
         ]
         head["EXPI"] = [{"layer": layer, "expert": i} for layer, _, experts in spec.layers for i in range(len(experts))]
     head["STRS"] = bytes(names.data)
+    head |= spec.replaced
     kinds = [*head, *(["BNDL"] if spec.files else []), "RESD", *(["SHRD"] if spec.layers else [])]
     header: Row = {
         "magic": b"SQZD\r\n\x1a\n", "major": 1, "minor": spec.minor, "header_size": 256, "required_features": 0,

@@ -23,7 +23,7 @@ BytesChange = Callable[[bytes], bytes]
 
 @dataclass
 class Fault:
-    """A change to the valid file `base`; `deep` if only the payload shows it."""
+    """A change to the valid file `base`; `deep` if only the payload shows it, `coded` if only a decoded frame does."""
 
     base: str
     change: str
@@ -31,6 +31,7 @@ class Fault:
     draft: DraftChange | None = None
     data: BytesChange | None = None
     deep: bool = False
+    coded: bool = False
 
     def make(self) -> bytes:
         """The bytes of the invalid file."""
@@ -47,12 +48,12 @@ class Fault:
 FAULTS: dict[str, Fault] = {}
 
 
-def header(code: str, field: str, value: Any, base: str = "toy") -> None:
+def header(code: str, field: str, value: Any, base: str = "least") -> None:
     """A fault in one field of the header."""
     FAULTS[code] = Fault(base, f"header: {field} is {value!r}", draft=lambda d: d.header.update({field: value}))
 
 
-def section(code: str, kind: str, field: str, value: Any, base: str = "toy") -> None:
+def section(code: str, kind: str, field: str, value: Any, base: str = "least") -> None:
     """A fault in one field of a directory entry."""
     FAULTS[code] = Fault(
         base, f"directory entry of {kind}: {field} is {value!r}", draft=lambda d: d.section(kind).update({field: value})
@@ -91,18 +92,18 @@ def patch(at: int, value: bytes) -> BytesChange:
 
 # -- signature and header --------------------------------------------------------------------------------
 
-data("file-empty", "toy", "no byte", lambda b: b"")
+data("file-empty", "least", "no byte", lambda b: b"")
 header("bad-magic", "magic", b"GGUF\r\n\x1a\n")
-data("file-short", "toy", "cut after 255 bytes", lambda b: b[:255])
-data("text-mode-damage", "toy", "0D 0A became 0A everywhere", lambda b: b.replace(b"\r\n", b"\n"))
+data("file-short", "least", "cut after 255 bytes", lambda b: b[:255])
+data("text-mode-damage", "least", "0D 0A became 0A everywhere", lambda b: b.replace(b"\r\n", b"\n"))
 header("version-zero", "major", 0)
 header("version-byte-swapped", "major", 256)
 header("version-future", "major", 2)
 header("header-digest", "header_digest", 1)
 header("header-size", "header_size", 255)
 header("unknown-required-feature", "required_features", 1)
-data("file-truncated", "toy", "the last byte is missing", lambda b: b[:-1])
-data("trailing-bytes", "toy", "one byte more", lambda b: b + b"\0")
+data("file-truncated", "least", "the last byte is missing", lambda b: b[:-1])
+data("trailing-bytes", "least", "one byte more", lambda b: b + b"\0")
 header("directory-offset", "directory_offset", 320)
 header("section-count", "directory_count", 65)
 header("directory-entry-size", "directory_entry_size", 128)
@@ -111,7 +112,7 @@ header("head-limit", "head_size", (1 << 24) + 1)
 header("directory-range", "head_size", 320)
 header("header-reserved", "reserved", b"\0" * 167 + b"\1")
 header("directory-digest", "directory_digest", 1)
-header("content-flags", "content_flags", 1 << 2 | 1 << 1)
+header("content-flags", "content_flags", 1 << 2 | 1 << 1, "toy")
 
 # -- directory -------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ section("section-unknown-critical", "xtra", "flags", 1, "unknown")
 spec("section-empty", "unknown", "section xtra has no byte", lambda s: _set(s.appendices[0], content=b""))
 section("section-codec", "xtra", "codec", 2, "unknown")
 FAULTS["section-limit"] = Fault(
-    "toy", "META claims 2^21 + 1 bytes",
+    "least", "META claims 2^21 + 1 bytes",
     draft=lambda d: d.section("META").update(stored_size=(1 << 21) + 1, raw_size=(1 << 21) + 1),
 )  # fmt: skip
 section("section-size", "TENS", "raw_size", 1)
@@ -139,18 +140,18 @@ FAULTS["section-incomplete-set"] = Fault(
     draft=lambda d: d.section("SHRD").update(type=b"shrd", flags=0, digest=None),
 )  # fmt: skip
 FAULTS["section-order"] = Fault(
-    "toy", "META and STRS have each other's type",
+    "least", "META and STRS have each other's type",
     draft=lambda d: (d.section("META").update(type=b"?"), d.section("STRS").update(type=b"META"),
                      d.directory[0].update(type=b"STRS")),
 )  # fmt: skip
-section("section-wraps", "SHRD", "offset", (1 << 64) - 64)
+section("section-wraps", "RESD", "offset", (1 << 64) - 1)
 section("section-over-header", "META", "offset", 256)
 FAULTS["section-overlap"] = Fault(
-    "toy", "STRS starts where META does",
+    "least", "STRS starts where META does",
     draft=lambda d: d.section("STRS").update(offset=d.section("META")["offset"]),
 )  # fmt: skip
 FAULTS["section-unaligned"] = Fault(
-    "toy", "STRS starts 8 bytes later", draft=lambda d: d.section("STRS").update(offset=d.head_at["STRS"] + 8)
+    "least", "STRS starts 8 bytes later", draft=lambda d: d.section("STRS").update(offset=d.head_at["STRS"] + 8)
 )
 
 
@@ -159,7 +160,7 @@ def _longer(d: Draft, size: int = 64) -> None:
     d.header["file_size"] += size
 
 
-FAULTS["section-gap"] = Fault("toy", "64 zero bytes at the end, inside file_size", draft=_longer)
+FAULTS["section-gap"] = Fault("least", "64 zero bytes at the end, inside file_size", draft=_longer)
 FAULTS["section-range"] = Fault(
     "toy", "SHRD is 64 bytes longer than the file",
     draft=lambda d: d.section("SHRD").update(
@@ -167,7 +168,7 @@ FAULTS["section-range"] = Fault(
     ),
 )  # fmt: skip
 FAULTS["head-size"] = Fault(
-    "toy", "head_size is one less", draft=lambda d: d.header.update(head_size=d.header["head_size"] - 1)
+    "least", "head_size is one less", draft=lambda d: d.header.update(head_size=d.header["head_size"] - 1)
 )
 
 
@@ -176,7 +177,7 @@ def _pad(d: Draft) -> None:
     d.data[d.head_at["STRS"] - 1] = b"\1"
 
 
-FAULTS["padding-nonzero"] = Fault("toy", "the last byte before STRS is 01", draft=_pad)
+FAULTS["padding-nonzero"] = Fault("least", "the last byte before STRS is 01", draft=_pad)
 section("section-digest", "TENS", "digest", 1)
 
 # -- metadata --------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ section("section-digest", "TENS", "digest", 1)
 
 def meta(code: str, change: str, content: bytes) -> None:
     """A fault in META."""
-    spec(code, "toy", f"metadata: {change}", lambda s: _set(s, metadata=content))
+    spec(code, "least", f"metadata: {change}", lambda s: _set(s, metadata=content))
 
 
 def _set(target: Any, **members: Any) -> None:
@@ -195,7 +196,9 @@ def _set(target: Any, **members: Any) -> None:
 _LEAST = text(metadata())
 _OPEN = _LEAST[:-1]  # without the closing brace
 meta("json-utf8", "a byte FF in a string", _OPEN + b',"x":"\xff"}')
-meta("json-tokens", "an array of 65,537 empty arrays", _OPEN + b',"x":[' + b"[]," * 65536 + b"[]]}")
+_COUNTED = _OPEN + b',"x":'
+_REST = (1 << 17) - sum(map(_COUNTED.count, (b",", b"{")))  # commas and brackets that are left to the limit
+meta("json-tokens", "2^17 + 1 commas and brackets, nearly all of them commas", _COUNTED + b"[" + b"," * _REST + b"]}")
 meta("json-depth", "33 levels", _OPEN + b',"x":' + b"[" * 32 + b"]" * 32 + b"}")
 meta("json-syntax", "a comma after the last member", _OPEN + b",}")
 meta("json-number", "2^53", _OPEN + b',"x":9007199254740992}')
@@ -210,7 +213,7 @@ meta("metadata-set", "two members, no siblings", text(metadata(set=_SET)))
 # -- indexes ---------------------------------------------------------------------------------------------
 
 spec("index-size", "toy", "MOEL has 8 bytes more", lambda s: s.extra.update(MOEL=bytes(8)))
-spec("index-count", "toy", "257 embedded files", lambda s: s.files.extend((f"f{i}", b"x", None) for i in range(256)))
+spec("index-count", "least", "257 embedded files", lambda s: s.files.extend((f"f{i}", b"x", None) for i in range(257)))
 FAULTS["layout-range"] = Fault(
     "toy", "the layout starts at tensor 1", draft=lambda d: d.head["LAYT"]["layouts"][0].update(first_tensor=1)
 )
@@ -226,21 +229,21 @@ FAULTS["name-place"] = Fault(
 spec("name-utf8", "toy", "a name with a byte FF", lambda s: _set(s.residents[1][0], name="a\udcff"))
 spec("name-control", "toy", "a name with a line feed", lambda s: _set(s.residents[1][0], name="a\nb"))
 spec("file-name", "toy", "../tokenizer.json", lambda s: _set(s, files=[("../tokenizer.json", b"{}", None)]))
-entry("tensor-role", "TENS", 1, "role", 5)
-entry("tensor-mode", "TENS", 1, "mode", 5)
-entry("tensor-dtype", "TENS", 1, "dtype", 12)
+entry("tensor-role", "TENS", 1, "role", 5, "small")
+entry("tensor-mode", "TENS", 1, "mode", 5, "small")
+entry("tensor-dtype", "TENS", 1, "dtype", 12, "small")
 entry("tensor-encoding", "TENS", 0, "bits", 7)
 entry("tensor-dims", "TENS", 9, "ndim", 5, "dense")
-entry("tensor-unused-dim", "TENS", 1, "shape3", 1)
-entry("tensor-zero-dim", "TENS", 1, "shape0", 0)
-entry("tensor-overflow", "TENS", 1, "shape0", (1 << 48) + 1)
+entry("tensor-unused-dim", "TENS", 1, "shape3", 1, "small")
+entry("tensor-zero-dim", "TENS", 1, "shape0", 0, "small")
+entry("tensor-overflow", "TENS", 1, "shape0", (1 << 48) + 1, "small")
 entry("row-not-divisible", "TENS", 0, "shape1", 33)
 entry("part-size", "TENS", 0, "scales_size", 4)
 entry("part-range", "TENS", 0, "scales_offset", (1 << 64) - 64)
 entry("part-offset", "TENS", 0, "biases_offset", 64)
 spec("name-duplicate", "toy", "two tensors of one name", lambda s: _set(s.residents[1][0], name=s.residents[0][0].name))
-entry("record-offset", "TENS", 1, "record.offset", lambda old: old + 64)
-entry("record-codec", "TENS", 1, "record.codec", 2)
+entry("record-offset", "TENS", 1, "record.offset", lambda old: old + 64, "small")
+entry("record-codec", "TENS", 1, "record.codec", 2, "small")
 FAULTS["record-limit"] = Fault(
     "toy", "the last expert's record claims 2^36 + 1 bytes",
     draft=lambda d: d.head["EXPI"][7]["record"].update(stored_size=(1 << 36) + 1, raw_size=(1 << 36) + 1),
@@ -249,10 +252,10 @@ FAULTS["record-empty"] = Fault(
     "toy", "a record of no bytes", draft=lambda d: d.head["TENS"][1]["record"].update(stored_size=0, raw_size=0)
 )
 entry("record-size", "EXPI", 7, "record.raw_size", lambda old: old + 1)
-entry("record-ratio", "TENS", 0, "record.raw_size", 1 << 30, "zstd-records")
+entry("record-ratio", "TENS", 0, "record.raw_size", 1 << 30, "framed")
 entry("record-layout", "EXPI", 7, "record.layout", 1)
 entry("index-reserved", "EXPI", 7, "record.reserved", 1 << 31)
-entry("record-raw-size", "TENS", 0, "record.raw_size", lambda old: old + 1, "zstd-records")
+entry("record-raw-size", "TENS", 0, "record.raw_size", lambda old: old + 1, "framed")
 
 
 def _wider(d: Draft) -> None:
@@ -296,13 +299,13 @@ entry("expert-missing", "MOEL", 1, "expert_count", 5)
 
 data("record-digest", "toy", "the lowest bit of the last byte is flipped", lambda b: b[:-1] + bytes([b[-1] ^ 1]), True)
 
-_PLAIN = raw_record([valid.MAKERS["zstd-records"]().residents[0][0]])  # 160 bytes
+_PLAIN = raw_record([valid.MAKERS["framed"]().residents[0][0]])  # 160 bytes
 _BLOCKS, _SUM = zstd.blocks(_PLAIN), zstd.checksum(_PLAIN)
 
 
 def frame(code: str, change: str, content: bytes) -> None:
-    """A fault in the frame of the first record of zstd-records."""
-    spec(code, "zstd-records", change, lambda s: s.residents.__setitem__(0, (s.residents[0][0], Coded(content))), True)
+    """A fault in the frame of the only record."""
+    spec(code, "framed", change, lambda s: s.residents.__setitem__(0, (s.residents[0][0], Coded(content))), True)
 
 
 _GOOD = zstd.frame(_PLAIN)

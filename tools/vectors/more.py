@@ -54,7 +54,7 @@ twice(
 
 twice(
     "header-size.and-reserved", "header: header_size is 255, the last reserved byte is 1",
-    lambda d: d.header.update(header_size=255, reserved=b"\0" * 167 + b"\1"),
+    lambda d: d.header.update(header_size=255, reserved=b"\0" * 167 + b"\1"), base="least",
 )  # fmt: skip
 twice(
     "section-reserved.then-flags", "META has a reserved byte, STRS a second flag",

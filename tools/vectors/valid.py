@@ -14,7 +14,7 @@ import xxhash
 
 from . import zstd
 from .build import Appendix, Coded, Expert, Spec, Tensor, raw_record
-from .tensors import Stream, affine, f32, microscaling, raw
+from .tensors import Stream, affine, encode_float, f32, microscaling, raw
 
 FRAMES = Path(__file__).with_name("frames.json")
 MAKERS: dict[str, Callable[[], Spec]] = {}
@@ -413,4 +413,180 @@ def set_0() -> Spec:
     head_size = int.from_bytes(second[72:80], "little")
     sibling = {"name": "set-1.squizd", "size": len(second), "file_id": hashlib.sha256(second[:head_size]).hexdigest()}
     spec.metadata = text(metadata(set={"index": 0, "count": 2}, siblings=[sibling]))
+    return spec
+
+
+# -- the smallest of each kind: what most invalid files are made from ------------------------------------
+
+
+@vector
+def least() -> Spec:
+    """The four sections that every file has, and one tensor of one byte."""
+    return Spec(text(metadata()), [(_byte("t", 1), None)])
+
+
+def _byte(name: str, value: int, role: str = "other") -> Tensor:
+    return raw(name, role, "u8", (1,), [value])
+
+
+@vector
+def small() -> Spec:
+    """Every section that is not an appendix, with as little as possible in it."""
+    residents = [affine("a.weight", "dense", 2, 32, "f16", (1, 32)), _byte("n", 1, "norm")]
+    modules = [(0, "m0", 2), (1, "m1", 1)]
+    layers = [(layer, path, [Expert(0, _gated(i)) for i in range(count)]) for layer, path, count in modules]
+    return Spec(text(metadata()), [(t, None) for t in residents], [("f", b"x", None)], [_gated(0)], layers)
+
+
+def _gated(value: int) -> list[Tensor]:
+    return [_byte(f"{name}_proj.weight", value, "expert") for name in ("gate", "up", "down")]
+
+
+@vector
+def framed() -> Spec:
+    """One tensor of 160 bytes in a frame."""
+    tensor = raw("one.byte", "norm", "f32", (40,), [1.0] * 40)
+    return Spec(text(metadata()), [(tensor, coded(raw_record([tensor])))])
+
+
+@vector
+def notes() -> Spec:
+    """The three appendices that are lines, stored raw; experts of two widths."""
+    config = {"model_type": "toy", "hidden_size": 4, "num_hidden_layers": 2}
+    draft = [_byte("d0", 1, "draft"), _byte("d1", 2, "draft")]
+    layouts = [rows_of(2, 0), rows_of(3, 0)]
+    layers = [(0, "m0", [Expert(0, rows_of(2, i)) for i in range(3)]), (1, "m1", [Expert(1, rows_of(3, 9))])]
+    spec = Spec(text(metadata(model={"config": config})), [(t, None) for t in draft], [], layouts, layers)
+    head = {"appendix": "profile", "version": 1, "tokens": 9, "text_sha256": "0" * 64}
+    first = {"layer": 0, "counts": [9, 4, 0], "gate_mass": [1.5, 4, 0], "coactivation": [[0, 1, 4]]}
+    spec.appendices = [
+        Appendix("PROF", lines(head, first, {"layer": 1, "counts": [9], "gate_mass": [9]})),
+        Appendix("SPRS", clusters(spec, 2, 3)),
+        Appendix("DRFT", draft_head(draft, {"hidden": 4})),
+    ]
+    return spec
+
+
+def rows_of(width: int, value: int) -> list[Tensor]:
+    """The tensors of an expert that is nothing but an up_proj."""
+    return [raw("up_proj.weight", "expert", "u8", (width,), [value] * width)]
+
+
+# -- just inside the limits ------------------------------------------------------------------------------
+
+
+@vector
+def limits() -> Spec:
+    """Names, documents and layouts on the right side of each limit; what only looks like a fault."""
+    owner = "m" * 9
+    names = ["é" * 256, "T", "t", owner, f"{owner}x.y", f"{owner}-.z", "\u00a0", "\u202e\ufeff", "m.m", ".", ".m"]
+    forms = [
+        ["gate_proj.weight", "gate_proj.bias", "up_proj.weight", "up_proj.bias", "up_proj"],
+        ["fc1.weight", "gate_proj.weight", "fc1.b", "gate_proj.b", "gate_proj"],
+        ["fc1.b", "gate_proj.b", "fc1.c"],
+        ["fc2.weight", "up_proj.weight", "up_proj.weight.x", "up_proj.x.weight", "down_proj.b"],
+        ["down_proj.weight", ".gate_proj.weight", "gate_proj_weight", "Gate_proj.weight", "gate_proj .weight"],
+        ["down_proj", "other.bias", "other.weight", "T", "t"],
+    ]
+    layouts = [[_byte(name, i, "expert") for i, name in enumerate(form)] for form in forms]
+    layers = [(0, owner, [Expert(5, layouts[5])]), (2**32 - 1, f"{owner}0", [Expert(0, layouts[0])])]
+    residents = [(_byte(name, i), None) for i, name in enumerate(names)]
+    bare = ["A" * 128, "CON", "9", "_", "a-", "a..b", "_.a"]
+    files = [(name, b"same", None) for name in bare]
+    siblings = [{"name": name, "size": 0, "file_id": "0" * 64} for name in bare]
+    odd = (
+        '{"depth":' + "[" * 30 + "]" * 30 + ',"brackets":"' + "[{" * 40 + '","quote":"\\"' + "[" * 40 + '",'
+        '"slashes":"\\\\","more":"\\\\\\"' + "[" * 40 + '","delete":"\x7f\x80\ufeff\uffff\U0010ffff",'
+        '"integers":[9007199254740991,-9007199254740991,-0,0],'
+        '"numbers":[1.7976931348623158e308,1e-400,0e99999999999999999999,-0.0,1E+00000000000000000001,'
+        + "0." + "0" * 330 + "1e331," + "9" * 20 + '.0],"a":1,"A":2,"\u00e9":1,"e\u0301":2,"":{"":{"":0}},'
+        '"pair":"\\uD83D\\ude00\\/\\b\\f\\n\\r\\t","list":[{"a":1},{"a":1}]}'
+    )  # fmt: skip
+    document = text(metadata(set={"index": 0, "count": len(bare) + 1}, siblings=siblings, description="\n"))
+    spec = Spec(document[:-1] + b',"odd":' + odd.encode() + b"}\r\n\t ", residents, files, layouts, layers)
+    spec.alignment = 128
+    return spec
+
+
+@vector
+def largest_alignment() -> Spec:
+    """A record_alignment of 2^24 without experts; the last of a set that could not be larger; a DRFT of version 0."""
+    spec = least()
+    spec.alignment = 1 << 24
+    spec.metadata = text(metadata(set={"index": 2**53 - 2, "count": 2**53 - 1}, siblings=[], recipe={"name": ""}))
+    spec.residents = [(_byte("d", 1, "draft"), None)]
+    spec.appendices = [
+        Appendix("DRFT", lines({"appendix": "draft", "version": 0}, [])),
+        Appendix("PROF", lines({"appendix": "profile", "version": 2**53 - 1})),
+    ]
+    return spec
+
+
+@vector
+def extremes() -> Spec:
+    """Values that reach the largest number of each float type, or round to it in binary64."""
+    reach = [
+        ("f16", 4, -4096.0, 4064.0), ("f16", 2, 21824.0, -32.0), ("bf16", 2, 85 * 2.0**120, 0.0),
+        ("bf16", 2, -85 * 2.0**120, 1.0), ("f32", 2, 5592405 * 2.0**104, 2.0**74), ("f32", 8, 0.0, -0.0),
+    ]  # fmt: skip
+    return Spec(text(metadata()), [(reaching(f"reach.{i}", *each), None) for i, each in enumerate(reach)])
+
+
+def reaching(name: str, dtype: str, bits: int, scale: float, bias: float) -> Tensor:
+    """Two groups: the first has scale 0 and the opposite bias, the second the scale and bias."""
+    t = affine(name, "dense", bits, 32, dtype, (1, 64))
+    scales, biases = [0.0, scale], [-bias, bias]
+    t.scales, t.biases = (b"".join(encode_float(v, dtype) for v in some) for some in (scales, biases))
+    stream = int.from_bytes(t.codes, "little")
+    codes = [stream >> bits * i & (1 << bits) - 1 for i in range(64)]
+    t.values = [f32(f32(scales[i // 32] * q) + biases[i // 32]) for i, q in enumerate(codes)]
+    return t
+
+
+def joined(content: bytes, *blocks: tuple[int, int, bytes]) -> Coded:
+    """A single segment of given blocks: kind, size, bytes."""
+    some = [zstd.block(*each, last=i + 1 == len(blocks)) for i, each in enumerate(blocks)]
+    return Coded(zstd.header(len(content)) + b"".join(some) + zstd.checksum(content))
+
+
+@vector
+def frame_limits() -> Spec:
+    """As many blocks as allowed, blocks as large as the window, empty ones, and 64 bytes from each stored."""
+    empty = (0, 0, b"")
+    some = bytes(range(12))
+    ratio = 64 * (7 + 3 + len(some) + 3 + 1 + 4)  # what the frame below takes: header, two blocks, checksum
+    frames = [
+        (b"hello", joined(b"hello", *[empty] * 16, (0, 5, b"hello"))),  # 66 bytes: 17 blocks
+        (b"hello", joined(b"hello", (0, 5, b"hello"), (1, 0, b"z"))),
+        (b"zzzzz", joined(b"zzzzz", (1, 5, b"z"), empty)),
+        (b"hello", joined(b"hello", (0, 4, b"hell"), (2, 3, b"\x08o\0"))),
+        (b"o" * 30, joined(b"o" * 30, (2, 3, b"\xf1o\0"))),
+    ]
+    content = some + b"q" * (ratio - len(some))
+    frames.append((content, joined(content, (0, len(some), some), (1, ratio - len(some), b"q"))))
+    window = bytes(range(256)) * 4
+    frames.append((window + b"w" * 1024, coded(window + b"w" * 1024, window=0, size=1024)))
+    spec = least()
+    spec.files = [(f"f{i}", *each) for i, each in enumerate(frames)]
+    return spec
+
+
+@vector
+def line_limits() -> Spec:
+    """Lines of exactly 2^21 bytes, with exactly 2^17 commas and brackets, and 32 deep, in a frame."""
+    head, deep = lines({"appendix": "profile", "version": 2}), b"[" * 32 + b"]" * 32 + b"\n"
+    fill = 41000 - len(head) - len(deep)
+    line, tokens = b'"' + b"x" * ((1 << 21) - 2) + b'"\n', b"[" + b"0," * ((1 << 17) - 1) + b"0]\n"
+    first = head + deep + b'"' + b"y" * (fill - 3) + b'"\n'
+    inner = compressed("tokens", tokens, 17).frame
+    pieces, place, last = [(0, len(first), first)], 6 - (inner[4] >> 5 & 1) + (0, 2, 4, 8)[inner[4] >> 6], 0
+    while not last:  # the blocks of a frame stand at the start of another as well
+        number = int.from_bytes(inner[place : place + 3], "little")
+        last, kind, size = number & 1, number >> 1 & 3, number >> 3
+        taken = 1 if kind == 1 else size
+        pieces.append((kind, size, inner[place + 3 : place + 3 + taken]))
+        place += 3 + taken
+    pieces += [(0, 1, b'"'), *[(1, 1 << 17, b"x")] * 15, (1, (1 << 17) - 2, b"x"), (0, 2, b'"\n')]
+    spec, content = least(), first + tokens + line
+    spec.appendices = [Appendix("PROF", content, joined(content, *pieces))]
     return spec

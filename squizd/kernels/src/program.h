@@ -26,7 +26,6 @@ class Program {
   static Arrays step(const std::shared_ptr<Program>& program, const array& token, const Arrays& caches, int position);
 
   size_t jobs() const { return jobs_.size(); }
-  size_t bytes() const { return bytes_; }
 
  private:
   friend class Step;
@@ -38,7 +37,6 @@ class Program {
   std::vector<array> kept_;  // owns all memory that the jobs use
   array token_, position_, result_;
   std::vector<Attend::Cache> caches_;
-  size_t bytes_ = 0;
 };
 
 }  // namespace squizd
