@@ -21,7 +21,7 @@ from squizd.errors import FormatError, SquizdError
 
 ROOT = Path(__file__).parent.parent
 VALID = ROOT / "fixtures" / "valid"
-VECTORS = {p.stem: p.read_bytes() for p in sorted(VALID.glob("*.squizd")) if p.stem != "aligned"}
+VECTORS = {p.stem: p.read_bytes() for p in sorted(VALID.glob("*.squizd")) if p.stem not in ("aligned", "line-limits")}
 HEAD_ENTRIES = {L.FILE: L.EMBEDDED, L.TENS: L.RESIDENT, L.MOEL: L.MOE_LAYER, L.EXPI: L.EXPERT}
 INTERESTING = [0, 1, 2, 3, 63, 64, 65, 255, 256, 4096, 1 << 16, 1 << 24, 1 << 31, 1 << 32, 1 << 36, 1 << 48, 1 << 63]
 INTERESTING += [(1 << 64) - 1, (1 << 64) - 64, (1 << 32) - 1, (1 << 36) + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,18 @@ def test_valid_vectors_are_valid(reader: Command) -> None:
         verdict = found.get(path.stem, "cannot read: built without zstd")
         assert verdict.startswith(("valid", "cannot read")), (path.stem, verdict)
     assert sum(v == "valid" for v in found.values()) >= 10
+
+
+def test_only_regular_files_are_read(reader: Command, tmp_path: Path) -> None:
+    """No verdict on anything else, and no waiting for the other end of a pipe."""
+    os.mkfifo(tmp_path / "pipe.squizd")
+    (tmp_path / "link.squizd").symlink_to(tmp_path / "pipe.squizd")
+    for path in (tmp_path / "pipe.squizd", tmp_path / "link.squizd", tmp_path, Path("/dev/null"), tmp_path / "none"):
+        for command in ("verify", "list"):
+            done = subprocess.run([*reader, command, str(path)], capture_output=True, text=True, timeout=30)
+            assert (done.returncode, "cannot read" in done.stdout + done.stderr) == (2, True), path
+    (tmp_path / "empty.squizd").touch()
+    assert subprocess.run([*reader, "verify", str(tmp_path / "empty.squizd")], capture_output=True).returncode == 1
 
 
 def test_every_broken_rule_is_found_by_its_code(reader: Command) -> None:

@@ -30,9 +30,9 @@ _SETS = {
     "x86_64": {
         "avx512": ["-DSQUIZD_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"],
         "avx2": ["-DSQUIZD_AVX2", "-mavx2", "-mfma"],
-        "plain": [],
+        "plain": ["-O2"],  # half the time to compile
     },
-    "aarch64": {"neon": ["-DSQUIZD_NEON"], "plain": []},
+    "aarch64": {"neon": ["-DSQUIZD_NEON"], "plain": ["-O2"]},
 }
 
 
@@ -110,9 +110,9 @@ def build(target: Path) -> Path:
         f"-I{python}",
     ]
     jobs = {name: [*_COMMON, *_EXACT, *flags, str(SOURCES / "arithmetic.cpp")] for name, flags in sets.items()}
-    headers = [*binding, "-isystem", f"{mlx}/include"]
-    for name in ("module", "program", "operations", "primitives", "elementary"):  # the slowest to compile first
-        jobs[name] = [*_COMMON, *headers, f'-DSQUIZD_SOURCES="{sources_digest()}"', str(SOURCES / f"{name}.cpp")]
+    headers = [*binding, "-isystem", f"{mlx}/include", f'-DSQUIZD_SOURCES="{sources_digest()}"']
+    for name in ("elementary", "program", "module", "primitives", "operations"):  # they arrange work: no loop is hot
+        jobs[name] = [*_COMMON, "-O1", *headers, str(SOURCES / f"{name}.cpp")]
     for name in ("shelf", "work", "choose"):
         jobs[name] = [*_COMMON, str(SOURCES / f"{name}.cpp")]
     jobs["nanobind"] = [*_COMMON, "-O1", *binding, "-fno-strict-aliasing", str(nanobind / "src" / "nb_combined.cpp")]

@@ -105,7 +105,8 @@ def main() -> None:
     readers = {"reader.py": [sys.executable, str(args.python_reader)]}
     if args.reader:
         readers["reader.c"] = [args.reader]
-    source, vectors = random.Random(args.seed), [p.read_bytes() for p in sorted(VALID.glob("*.squizd"))]
+    paths = [p for p in sorted(VALID.glob("*.squizd")) if p.stem != "line-limits"]  # decodes to 2 MB: slow
+    source, vectors = random.Random(args.seed), [p.read_bytes() for p in paths]
     found = {"files": 0, "valid": 0, "differences": 0}
     with tempfile.TemporaryDirectory() as folder:
         while found["files"] < args.count:

@@ -87,6 +87,7 @@ class Spec:
     minor: int = 0
     optional_features: int = 0
     share_names: bool = True
+    share_parts: bool = False  # a name that is a part of what STRS has so far is not stored again
     extra: dict[str, bytes] = field(default_factory=dict)  # bytes to append to a head section
     replaced: dict[str, bytes] = field(default_factory=dict)  # bytes in place of a head section
 
@@ -110,11 +111,13 @@ class Draft:
 
 
 class _Names:
-    def __init__(self, share: bool) -> None:
-        self.data, self.at, self.share = bytearray(), dict[str, int](), share
+    def __init__(self, share: bool, parts: bool) -> None:
+        self.data, self.at, self.share, self.parts = bytearray(), dict[str, int](), share, parts
 
     def put(self, name: str) -> Row:
         raw = name.encode("utf-8", "surrogateescape")
+        if self.parts and raw in self.data:
+            return {"name_offset": self.data.index(raw), "name_length": len(raw)}
         if not self.share or name not in self.at:
             self.at[name] = len(self.data)
             self.data += raw
@@ -169,7 +172,7 @@ def content_flags(spec: Spec) -> int:
 
 def lay_out(spec: Spec) -> Draft:
     """Every field of the file that `spec` asks for."""
-    names = _Names(spec.share_names)
+    names = _Names(spec.share_names, spec.share_parts)
     head: dict[str, Any] = {"META": spec.metadata, "STRS": b""}
     if spec.files:
         head["FILE"] = [names.put(name) | {"reserved": 0} for name, _, _ in spec.files]

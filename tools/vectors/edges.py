@@ -201,14 +201,25 @@ _modules("name-inside-experts.module-before", "a module inside a later one", "m.
 _modules("name-duplicate.module", "two modules of one path", "m", "m")
 spec("name-duplicate.file-case", "least", "files a and A", lambda s: s.files.extend((n, b"x", None) for n in "aA"))
 spec("name-duplicate.layout", "small", "two tensors of one name in a layout", lambda s: _rename(s, "a", "b", "a"))
-twice("name-place.part", "a name that is a part of the one before", row("TENS", 1, name_offset=3, name_length=2),
-      base="small")  # fmt: skip
+
+
+def _parts(s: Spec, resident: str, path: str, *layout: str) -> None:
+    """Names of which some are parts of earlier ones, and stored only there."""
+    s.share_parts, s.residents[1][0].name, s.layers[1] = True, resident, (1, path, s.layers[1][2])
+    _rename(s, *layout)
+
+
+for _more, _names in {
+    "resident": ("weight", "m1", "x", "y", "z"), "layout": ("n", "m1", "x", "weight", "z"),
+    "module": ("n", "a.w", "x", "y", "z"),
+}.items():  # fmt: skip
+    spec(
+        f"name-place.{_more}", "small", f"the names {', '.join(_names)}, one of them only inside a.weight",
+        lambda s, n=_names: _parts(s, *n),
+    )  # fmt: skip
 twice(
-    "name-place.layout", "a tensor of LAYT is called by a part of an earlier name",
-    lambda d: d.head["LAYT"]["tensors"][0].update(name_offset=1, name_length=3), base="small",
+    "name-place.shorter", "the start of the name before", row("TENS", 1, name_offset=1, name_length=1), base="small"
 )  # fmt: skip
-twice("name-place.shorter", "the start of the name before", row("TENS", 1, name_offset=1, name_length=1),
-      base="small")  # fmt: skip
 twice("name-length.zero", "a name of no bytes", row("TENS", 1, name_length=0), base="small")
 twice("name-range.wraps", "a name at 2^32 - 1", row("TENS", 1, name_offset=2**32 - 1), base="small")
 FAULTS["name-length.256-files"] = Fault(
@@ -439,7 +450,8 @@ frame("zstd-corrupt.too-many", "blocks of 161 bytes",
 frame("zstd-corrupt.and-checksum", "blocks of 159 bytes, a wrong checksum",
       _HEADER + zstd.blocks(_PLAIN[:159]) + b"\0\0\0\0")  # fmt: skip
 frame("zstd-corrupt.no-table", "literals that need the table of a block before",
-      _HEADER + zstd.block(2, 5, b"\x53\x40\x01\x01\0", True) + _SUM)  # fmt: skip
+      _HEADER + zstd.block(0, 155, _PLAIN[:155], False) + zstd.block(2, 5, b"\x53\x40\0\1\0", True)
+      + _SUM)  # fmt: skip
 frame("zstd-corrupt.before-start", "a match that starts before the content",
       _HEADER + zstd.block(0, 5, _PLAIN[:5], False) + zstd.block(2, 7, b"\0\1\x54\0\1\0\2", False)
       + zstd.block(0, 152, _PLAIN[8:], True) + _SUM)  # fmt: skip
