@@ -24,3 +24,10 @@ def on_cpu() -> bool:
     import mlx.core as mx
 
     return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU by default."""
+    import mlx.core as mx
+
+    return not on_cpu() and bool(mx.cuda.is_available())

@@ -16,11 +16,13 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import kernels
-from ..backend import on_cpu
+from ..backend import on_cpu, on_cuda
 from ..kernels import layers, replay
 from ..kernels.replay import Replay
+from . import cuda
 from .io import Bytes
 from .lending import Lending
+from .pager import Row
 
 _TYPES: Final = {
     "f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16,
@@ -52,6 +54,14 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
         array = array.reshape(())
     mx.eval(array)
     return array, view
+
+
+_uploads = cuda.Uploads()
+
+
+def uploads() -> Row | None:
+    """How bytes get into an array's rows where writing to its view is slow; None where it is not."""
+    return _uploads.row if on_cuda() and _uploads.possible else None
 
 
 def accelerate(model: nn.Module, lending: Lending | None = None) -> Replay | None:

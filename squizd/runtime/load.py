@@ -231,7 +231,7 @@ def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pag
         arrays.append((target.name, array))
         views.append(view)
     fill(layer.module, arrays)
-    slots = Slots(pager, layer.layer, views, layer.scatters)
+    slots = Slots(pager, layer.layer, views, layer.scatters, row=device.uploads())
     if count < layer.layer.expert_count:
         blueprint.replace(layer.layer.path, PagedSwitch(layer.module, slots))
         return True

@@ -8,8 +8,9 @@ nothing in flight does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ from ..container.reader import File
 from ..errors import ExpertReadError, ReadError, RequestError
 from .io import Bytes, Scatter
 from .policy import LRU, Policy
+
+# Where the bytes of a slot are put: buffers for one row of each bank, moved there when the block ends without an error.
+Row = Callable[[Sequence[Bytes], int], AbstractContextManager[list[Bytes]]]
 
 READERS = 4  # threads; on a 2-core VM eight gave no more than four
 INLINE_BYTES = 1 << 18  # below this, handing reads to threads costs more than reading
@@ -102,7 +106,8 @@ class Slots:
     """The experts of one layer that are in memory.
 
     `banks` has one array of bytes [slots, bytes of the part in use] for each part of the layer's
-    records; `scatters` says per shard-layout id how a record fills one row of each.
+    records; `row` says how bytes get into a row of them, if not by writing there; `scatters` says per
+    shard-layout id how a record fills one row of each.
     """
 
     def __init__(
@@ -112,7 +117,9 @@ class Slots:
         banks: Sequence[Bytes],
         scatters: dict[int, Scatter],
         policy: Policy | None = None,
+        row: Row | None = None,
     ) -> None:
+        self._row = row or _in_place
         self.layer, self.pager, self.banks = layer, pager, tuple(banks)
         self.count = len(banks[0])
         self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified
@@ -195,9 +202,15 @@ class Slots:
     def _read(self, expert: int, slot: int) -> None:
         record: Record = self.records[expert]
         try:
-            self.scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
+            with self._row(self.banks, slot) as parts:
+                self.scatters[record.layout].read(self.pager.file, record, parts)
         except ReadError as error:
             raise ExpertReadError(self.pager.file.path, self.layer.layer, expert, record.offset, str(error)) from error
+
+
+@contextmanager
+def _in_place(banks: Sequence[Bytes], slot: int) -> Iterator[list[Bytes]]:
+    yield [bank[slot] for bank in banks]
 
 
 def _attempt(job: Callable[[], None]) -> BaseException | None:
