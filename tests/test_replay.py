@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +141,8 @@ class Toy(nn.Module):
 
 
 class NoLender:
-    def lend(self) -> None:
-        pass
+    def lent(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def started(self, result: mx.array) -> None:
         pass
@@ -266,3 +268,21 @@ def test_switched_off_nothing_is_replayed(file: Path) -> None:
         plain = continued(model, 5)
     assert not same(replayed, plain)  # MLX adds in another order
     np.testing.assert_allclose(replayed, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+
+
+def test_threads_that_replay_and_threads_that_do_not(file: Path) -> None:
+    """Slots go back and forth between Python, for prompts, and the kernels, for single tokens."""
+    model, results = load_model(file, resident="25%"), {}
+    wanted = {n: continued(in_float32(make_model(QWEN3)), 12, prompt=n) for n in (5, 9, 14)}
+
+    def work(n: int) -> None:
+        results[n] = [continued(model, 12, prompt=n) for _ in range(6)]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(results) == sorted(wanted)
+    assert all(same(found, wanted[n]) for n, all_found in results.items() for found in all_found)
+    assert state(model).replay.in_use

@@ -11,6 +11,7 @@ or anything differs, the model goes on as before. So nothing here knows an archi
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -25,11 +26,11 @@ _trace = threading.local()
 class Lender(Protocol):
     """Who owns what the replay needs besides the model: the expert slots of paged layers."""
 
-    def lend(self) -> None:
-        """Called before each replayed token: from now on the kernels decide what lies in the slots."""
+    def lent(self) -> AbstractContextManager[None]:
+        """Within this a token is replayed: the kernels decide what lies in the slots."""
 
     def started(self, result: mx.array) -> None:
-        """`result` is being computed from what was lent."""
+        """`result` is what the token computes from the slots; called before `lent` ends."""
 
 
 class _Refused(Exception):
@@ -106,13 +107,14 @@ class Replay:
             token = inputs if inputs.dtype == mx.uint32 else inputs.astype(mx.uint32)
             if self._program is None:
                 return self._first(model, inputs, token, cache)
-            self._lender.lend()
-            arrays = [array for entry in cache for array in (entry.keys, entry.values)]
-            logits, *rows = self._program.step(token, arrays, cache[0].offset)
-            for entry, keys, values in zip(cache, rows[::2], rows[1::2], strict=True):
-                entry.keys, entry.values = keys, values
-                entry.offset += 1
-            self._lender.started(logits)
+            with self._lender.lent():
+                arrays = [array for entry in cache for array in (entry.keys, entry.values)]
+                logits, *rows = self._program.step(token, arrays, cache[0].offset)
+                for entry, keys, values in zip(cache, rows[::2], rows[1::2], strict=True):
+                    entry.keys, entry.values = keys, values
+                    entry.offset += 1
+                del arrays, keys, values  # or the old rows would seem to be somebody else's, and be copied
+                self._lender.started(logits)
             return logits  # type: ignore[no-any-return]
 
     def _first(self, model: Any, inputs: mx.array, token: mx.array, cache: list[KVCache]) -> mx.array:
@@ -122,9 +124,9 @@ class Replay:
         mx.eval(logits, arrays)
         try:
             program = _record(model, len(cache))
-            self._lender.lend()
-            again = program.step(token, arrays, position)
-            self._lender.started(again[0])
+            with self._lender.lent():
+                again = program.step(token, arrays, position)
+                self._lender.started(again[0])
             mx.eval(again)
             if not all(mx.array_equal(a, b).item() for a, b in zip(again, [logits, *arrays], strict=True)):
                 raise _Refused("replayed, it gives other bits")

@@ -1,14 +1,16 @@
 """The expert slots of paged layers in the hands of the kernels while they replay tokens: see `kernels.replay`.
 
 Slots and what lies in them belong either to `Slots` (Python decides, in `switch`) or to native shelves
-(the kernels decide, without asking Python), never to both. `lend` hands them over; whoever needs them in
-Python calls `Pager.reclaim` first.
+(the kernels decide, without asking Python), never to both. `lent` hands them over; whoever needs them in
+Python calls `Pager.reclaim` first, holding no layer's lock, and looks again whose they are once it has one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +29,7 @@ class Lending:
         self._pager, self._switches = pager, tuple(switches)
         self._shelves: list[tuple[Slots, Any]] = []
         self._kernels: Any = None
+        self._lock = threading.RLock()  # taken before any layer's
         self._running: deque[tuple[mx.array, int]] = deque()  # not waited for yet; errors reported when each began
 
     def shelve(self, kernels: Any) -> None:
@@ -37,17 +40,23 @@ class Lending:
             switch.slots.shelf = make_shelf(kernels, switch.slots)
             self._shelves.append((switch.slots, switch.slots.shelf))
 
-    def lend(self) -> None:
-        """Hand over, once nothing in flight reads a slot."""
-        if self._pager.borrower is self:
-            return
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """While inside, the kernels decide what lies in the slots; nothing in flight reads one when they begin to."""
+        with self._lock:
+            if self._pager.borrower is not self:
+                self._hand_over()
+            yield
+
+    def _hand_over(self) -> None:
         if self._pager.closed:
             raise ReadError(f"{self._pager.file.path}: the model is closed")
-        for switch in self._switches:
-            switch.settle()
-        for slots, shelf in self._shelves:
-            shelf.arrange(slots.order())
-        self._pager.borrower = self
+        with ExitStack() as stack:  # no layer is called from here on until it can see who has the slots
+            for switch in self._switches:
+                stack.enter_context(switch.settled())
+            for slots, shelf in self._shelves:
+                shelf.arrange(slots.order())
+            self._pager.borrower = self
 
     def started(self, result: mx.array) -> None:
         """`result` is computed from what is lent: begin at once, for slots change with every token.
@@ -79,16 +88,20 @@ class Lending:
 
     def give_back(self) -> None:
         """Wait for the kernels, and let Python decide again. Raises ExpertReadError once that is done."""
-        error = self._finish()
-        stats = self._pager.stats
-        for slots, shelf in self._shelves:
-            slots.restore(shelf.order())
-            hits, misses, evictions, size, seconds = shelf.take_counts()
-            stats.hits += hits
-            stats.misses += misses
-            stats.evictions += evictions
-            stats.bytes_read += size
-            stats.read_seconds += seconds
+        with self._lock:
+            if self._pager.borrower is not self:
+                return
+            self._pager.borrower = None
+            error = self._finish()
+            stats = self._pager.stats
+            for slots, shelf in self._shelves:
+                slots.restore(shelf.order())
+                hits, misses, evictions, size, seconds = shelf.take_counts()
+                stats.hits += hits
+                stats.misses += misses
+                stats.evictions += evictions
+                stats.bytes_read += size
+                stats.read_seconds += seconds
         if error is not None:
             raise error
 

@@ -49,7 +49,7 @@ class Borrower(Protocol):
     """Who may have the slots of all layers, and decides what lies in them until they are given back."""
 
     def give_back(self) -> None:
-        """Bring `Slots` and statistics up to date, and let go."""
+        """Bring `Slots` and statistics up to date, and be the pager's borrower no more."""
 
 
 class Pager:
@@ -81,7 +81,7 @@ class Pager:
 
     def reclaim(self) -> None:
         """Have the slots given back, if they are lent."""
-        borrower, self.borrower = self.borrower, None
+        borrower = self.borrower
         if borrower is not None:
             borrower.give_back()
 

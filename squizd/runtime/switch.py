@@ -12,7 +12,8 @@ whatever stream or thread that ran on, and schedules its result before it return
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -55,37 +56,44 @@ class PagedSwitch(nn.Module):
         paging = self._paging
         if replay.tracing():
             return self._inner(x, replay.placed(indices, paging.slots.shelf))
-        with paging.lock:
+        while True:
             paging.slots.pager.reclaim()
-            if paging.last is None:
-                mx.eval(indices)
-            else:
-                mx.eval(indices, paging.last)
-                paging.last = None
-            slots, shape = paging.slots, indices.shape
-            chosen = np.array(indices, copy=False).reshape(-1)
-            if chosen.size <= _FEW:
-                out = self._few(slots, x, chosen.tolist(), shape)
-            else:
-                out = self._many(slots, x, chosen, shape)
-            if out.nbytes <= KEPT_BYTES:
-                paging.last = out
-                mx.async_eval(out)
-            else:
-                mx.eval(out)
-            return out
+            with paging.lock:
+                if paging.slots.pager.borrower is None:  # another thread may have lent them again
+                    return self._call(paging, x, indices)
+
+    def _call(self, paging: _Paging, x: mx.array, indices: mx.array) -> mx.array:
+        if paging.last is None:
+            mx.eval(indices)
+        else:
+            mx.eval(indices, paging.last)
+            paging.last = None
+        slots, shape = paging.slots, indices.shape
+        chosen = np.array(indices, copy=False).reshape(-1)
+        if chosen.size <= _FEW:
+            out = self._few(slots, x, chosen.tolist(), shape)
+        else:
+            out = self._many(slots, x, chosen, shape)
+        if out.nbytes <= KEPT_BYTES:
+            paging.last = out
+            mx.async_eval(out)
+        else:
+            mx.eval(out)
+        return out
 
     @property
     def slots(self) -> Slots:
         """What is resident, and where."""
         return self._paging.slots
 
-    def settle(self) -> None:
-        """Wait until nothing reads a slot."""
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """While inside, nothing reads a slot, and this layer is not called."""
         with self._paging.lock:
             if self._paging.last is not None:
                 mx.eval(self._paging.last)
                 self._paging.last = None
+            yield
 
     def _few(self, slots: Slots, x: mx.array, chosen: list[int], shape: tuple[int, ...]) -> mx.array:
         slot_of = slots.slot_of
