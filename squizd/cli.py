@@ -394,6 +394,81 @@ def repack(file: str, output: str, codec: str | None, drop: tuple[str, ...], add
     )
 
 
+# -- profile, fit ------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--text", required=True, type=click.Path(exists=True), help="Text, .jsonl rows of text, or a folder.")
+@click.option("--tokens", default=8192, show_default=True, type=click.IntRange(min=1), help="Use so many at most.")
+@click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: FILE itself]")
+@click.option("--memory", metavar="SIZE", help="Budget while the text runs, as 6GB.")
+@click.option("--force", is_flag=True, help="Replace an existing output file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def profile(file: str, text: str, output: str | None, as_json: bool, **options: Any) -> None:
+    """Record which experts a text uses, and store that in FILE: it starts warm, and its layers get slots by need.
+
+    Example: squizd profile qwen3.squizd --text notes/
+    """
+    _need_mlx()
+    from tqdm import tqdm
+
+    from .profiling import profile as run_profile
+
+    with tqdm(unit="token", desc="profile", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        s = run_profile(file, text, output, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(s)))
+        return
+    rates = ", ".join(f"{rate:.1%} with {share} resident" for share, rate in s.hit_rate.items())
+    click.echo(f"{s.path}: {s.tokens} tokens of {s.texts} texts through {s.layers} expert layers; hit rate {rates}")
+    if s.unobserved:
+        click.echo(f"gate weights of {s.unobserved} layers cannot be observed: stored as equal shares", err=True)
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("--memory", multiple=True, metavar="SIZE", help="A budget, as 6GB; repeat it.  [default: 100 % to least]")
+@click.option("--context", type=click.IntRange(min=2), help="Tokens to reserve cache for.  [default: 4096]")
+@click.option("--measure/--no-measure", default=True, help="Time the disk and some tokens.  [default: measure]")
+@click.option("--plot", type=click.Path(), metavar="OUT", help="Draw the table as OUT.svg or OUT.html.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def fit(
+    file: str, memory: tuple[str, ...], context: int | None, measure: bool, plot: str | None, as_json: bool
+) -> None:
+    """Predict for FILE on this machine: budget against hit rate, bytes read per token, tokens a second.
+
+    Example: squizd fit qwen3.squizd --memory 4GB --memory 8GB --plot fit.svg
+    """
+    _need_mlx()
+    from .fitting import fit as run_fit
+    from .plotting import draw, table
+
+    if plot is not None and not plot.lower().endswith((".svg", ".html")):
+        raise RequestError(f"{plot} is no name for a plot", hint="end it in .svg or .html")
+    found = run_fit(file, memory=memory, context=context, measure=measure)
+    if plot is not None:
+        with open(plot, "w", encoding="utf-8") as picture:
+            picture.write(draw(found, html=plot.lower().endswith(".html")))
+    if as_json:
+        click.echo(json.dumps(found.as_dict()))
+        return
+    click.echo("\n".join(table(found)))
+    click.echo(found.explanation, err=True)
+    if found.compute_seconds is not None and found.bytes_per_second_warm is not None:
+        rates = [r for r in (found.bytes_per_second_cold, found.bytes_per_second_warm) if r is not None]
+        speeds = " cold, ".join(f"{_size(rate)}/s" for rate in rates)
+        click.echo(
+            f"measured: {found.compute_seconds * 1e3:.2f} ms a token without reading; experts at {speeds} from cache",
+            err=True,
+        )
+
+
 # -- shared ------------------------------------------------------------------------------------------------
 
 

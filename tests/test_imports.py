@@ -29,7 +29,14 @@ ALLOWED = {
     "kernels": set(),
     "runtime": {"architecture", "backend", "container", "kernels"},
     "generation": {"runtime"},
-    "cli": {"backend", "compression", "container", "generation", "inspection", "repack", "runtime"},
+    "tracing": {"kernels", "runtime"},
+    "profiling": {"container", "generation", "repack", "runtime", "tracing"},
+    "fitting": {"container", "runtime"},
+    "plotting": {"fitting"},
+    "cli": {
+        *("backend", "compression", "container", "fitting", "generation", "inspection"),
+        *("plotting", "profiling", "repack", "runtime"),
+    },
 }
 
 

@@ -19,6 +19,7 @@ from squizd.errors import ExpertReadError, ReadError, RequestError
 from squizd.runtime import io, pager
 from squizd.runtime.io import Part, Scatter, widen
 from squizd.runtime.pager import Pager, Slots
+from squizd.runtime.policy import LRU
 
 EXPERTS = 6
 LAYOUT = make_layout(
@@ -60,7 +61,7 @@ def open_slots(path: Path, count: int) -> tuple[Slots, list[tuple[str, int, int]
     parts = [Part(offset, size, dtype) for dtype, offset, size in spans]
     file = container.open(path)
     banks = [np.zeros((count, part.target_bytes), np.uint8) for part in parts]
-    slots = Slots(Pager(file), file.moe_layers[0], banks, {0: Scatter(parts, LAYOUT.raw_size)})
+    slots = Slots(Pager(file), file.moe_layers[0], banks, {0: Scatter(parts, LAYOUT.raw_size)}, LRU())
     return slots, spans
 
 

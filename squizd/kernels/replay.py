@@ -11,7 +11,8 @@ or anything differs, the model goes on as before. So nothing here knows an archi
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -57,6 +58,20 @@ def tracing() -> bool:
     return getattr(_trace, "on", False)
 
 
+def _paused() -> bool:
+    return getattr(_trace, "paused", False)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """No token of this thread is replayed while inside: the model's own code runs, and can be watched."""
+    before, _trace.paused = _paused(), True
+    try:
+        yield
+    finally:
+        _trace.paused = before
+
+
 def placed(ids: mx.array, shelf: Any) -> mx.array:
     """In a trace: the slots of expert `ids` on a native shelf, which reads what is missing when replayed."""
     if shelf is None:
@@ -84,6 +99,7 @@ class Replay:
         if (
             self.reason
             or tracing()
+            or _paused()
             or not layers.in_use()
             or inputs.shape != (1, 1)
             or not isinstance(cache, list)

@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
 
 from ..errors import BudgetError, RequestError
 
 # Tokens that prefill computes at once, and the share of a budget that their workspace may take. A larger
 # chunk reads each expert fewer times, which matters most where few experts fit.
 CHUNKS = {2048: 1 / 8, 1024: 1 / 8, 512: 1 / 8, 256: 1 / 4, 128: 1 / 4, 64: 1 / 4, 32: 1, 16: 1}
+WORTH = 0.02  # of misses; one text differs from another by as much
 MACHINE_SHARE = 0.7  # of available memory, when no budget is given
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -54,6 +58,7 @@ class LayerDemand:
     experts: int
     top_k: int
     slot_bytes: int
+    hits: tuple[tuple[int, int], ...] = ()  # (slots, hits in some text), ascending, if known: see `profile`
 
     def slots(self, share: float) -> int:
         """Slots for this share of the experts: at least what one token needs."""
@@ -128,11 +133,61 @@ class Budget:
         )
 
 
+def by_need(layers: Sequence[LayerDemand], even: tuple[int, ...], room: int) -> tuple[int, ...]:
+    """`spread`, if by the layers' own curves it saves `WORTH` of what `even` slots read again; else `even`."""
+
+    def hits(slots: Sequence[int]) -> float:
+        return sum(
+            float(np.interp(n, [s for s, _ in layer.hits], [h for _, h in layer.hits]))
+            for n, layer in zip(slots, layers, strict=True)
+        )
+
+    found = spread(layers, room)
+    most = sum(layer.hits[-1][1] for layer in layers)
+    return found if hits(found) - hits(even) > WORTH * (most - hits(even)) else even
+
+
+def spread(layers: Sequence[LayerDemand], room: int) -> tuple[int, ...]:
+    """Slots for each layer in `room` bytes so that the most hits are gained, from `LayerDemand.hits`.
+
+    Every layer has what one token needs; then the slot goes where a byte gains most. A hit saves the bytes
+    that a slot takes, so gain per byte is gained hits alone. Curves are taken as their concave hulls, on which
+    greedy is best (Fox 1966).
+    """
+    slots = [layer.slots(0) for layer in layers]
+    room = max(0, room - sum(n * layer.slot_bytes for n, layer in zip(slots, layers, strict=True)))
+    steps: list[tuple[float, int, int]] = []  # (-hits gained per slot, layer, up to how many slots)
+    for index, layer in enumerate(layers):
+        hull: list[tuple[int, int]] = []
+        # From one point to the next the gain falls; a point that would make it rise is left out.
+        for point in sorted({(slots[index], 0), *(p for p in layer.hits if p[0] >= slots[index])}):
+            if hull and point[0] <= hull[-1][0]:
+                hull[-1] = point
+                continue
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], point):
+                hull.pop()
+            hull.append(point)
+        steps += [(-_slope(a, b), index, b[0]) for a, b in pairwise(hull)]
+    # What no curve speaks of comes last: slots that gain nothing are better than unused memory.
+    steps += [(0.0, index, layer.experts) for index, layer in enumerate(layers)]
+    for _, index, most in sorted(steps):
+        size = max(layers[index].slot_bytes, 1)
+        extra = min(max(0, min(most, layers[index].experts) - slots[index]), room // size)
+        slots[index] += extra
+        room -= extra * size
+    return tuple(slots)
+
+
+def _slope(a: tuple[int, int], b: tuple[int, int]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
 def make_budget(demand: Demand, context: int, *, memory: int | None, share: float | None, available: int) -> Budget:
     """Spend `memory` bytes, or hold `share` of the experts, or both; with neither, spend 70 % of `available`.
 
     Takes the largest prefill chunk whose workspace keeps to its share of the limit (`CHUNKS`), then gives
-    what is left to slots, the same share in every layer. Raises BudgetError with the minimum that would do.
+    what is left to slots: the same share in every layer, or, where the hits of all layers are known, `spread`
+    `by_need` (`share` is then one of the whole model). Raises BudgetError with the minimum that would do.
     """
     limit = memory if memory is not None else int(available * (MACHINE_SHARE if share is None else 1))
     chunks = [chunk for chunk in CHUNKS if chunk < 2 * context] or [min(CHUNKS)]
@@ -159,7 +214,12 @@ def make_budget(demand: Demand, context: int, *, memory: int | None, share: floa
         for part in shares:
             budget = spend(chunk, part)
             if budget.total <= limit:
-                return budget
+                if not all(layer.hits for layer in demand.layers):
+                    return budget
+                room = budget.experts + (limit - budget.total if share is None else 0)
+                slots = by_need(demand.layers, budget.slots, room)
+                experts = sum(n * layer.slot_bytes for n, layer in zip(slots, demand.layers, strict=True))
+                return replace(budget, slots=slots, experts=experts)
     given = format_size(limit) + ("" if memory is not None else " of free memory")
     raise BudgetError(
         f"{given} cannot hold {demand.name}: at least {format_size(budget.total)} are needed ({budget})",

@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..container.layout import RAW
 from ..errors import ExpertReadError, ReadError
 from .pager import Pager, Slots
-from .policy import LRU
+from .policy import STEPS, Fading
 from .switch import PagedSwitch
 
 
@@ -51,11 +51,12 @@ class Lending:
     def _hand_over(self) -> None:
         if self._pager.closed:
             raise ReadError(f"{self._pager.file.path}: the model is closed")
+        self._pager.stop_warming()
         with ExitStack() as stack:  # no layer is called from here on until it can see who has the slots
             for switch in self._switches:
                 stack.enter_context(switch.settled())
             for slots, shelf in self._shelves:
-                shelf.arrange(slots.order())
+                shelf.arrange(slots.order(), *slots.state())
             self._pager.borrower = self
 
     def started(self, result: mx.array) -> None:
@@ -91,26 +92,26 @@ class Lending:
         with self._lock:
             if self._pager.borrower is not self:
                 return
-            self._pager.borrower = None
             error = self._finish()
             stats = self._pager.stats
             for slots, shelf in self._shelves:
-                slots.restore(shelf.order())
+                slots.restore(shelf.order(), shelf.weights(), shelf.token())
                 hits, misses, evictions, size, seconds = shelf.take_counts()
                 stats.hits += hits
                 stats.misses += misses
                 stats.evictions += evictions
                 stats.bytes_read += size
                 stats.read_seconds += seconds
+            self._pager.borrower = None  # last: from here on layers are called
         if error is not None:
             raise error
 
 
 def make_shelf(kernels: Any, slots: Slots) -> Any:
-    """The native counterpart of `slots`, or None: for raw records of one layout under LRU only."""
+    """The native counterpart of `slots`, or None: for raw records of one layout under Fading only."""
     records = slots.records
     layouts = {record.layout for record in records}
-    if len(layouts) != 1 or type(slots.policy) is not LRU or any(record.codec != RAW for record in records):
+    if len(layouts) != 1 or type(slots.policy) is not Fading or any(record.codec != RAW for record in records):
         return None
     scatter = slots.scatters[layouts.pop()]
     parts = sorted(zip(scatter.parts, slots.banks, strict=True), key=lambda pair: pair[0].offset)
@@ -121,4 +122,5 @@ def make_shelf(kernels: Any, slots: Slots) -> Any:
         [bank for _, bank in parts],
         [(part.offset, part.size, part.widen) for part, _ in parts],
         [(record.offset, record.stored_size, record.digest) for record in records],
+        list(STEPS),
     )

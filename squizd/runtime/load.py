@@ -27,8 +27,11 @@ from .budget import Budget, Demand, LayerDemand, make_budget, parse_share, parse
 from .io import Bytes
 from .lending import Lending
 from .pager import READERS, Pager, Slots, Stats
+from .policy import Fading
 from .probe import Needs, probe
+from .profile import LayerProfile, Profile, read_profile
 from .switch import PagedSwitch
+from .warm import Warmer
 
 DEFAULT_CONTEXT = 4096
 LEAST_CONTEXT = 256  # tokens; mlx-lm's caches grow by as many
@@ -112,8 +115,9 @@ def load(
 
     `memory` ("6GB", "1.5GiB", or bytes) bounds resident tensors, expert slots, the cache of `context` tokens,
     staging and workspace together. `resident` ("25%", 0.25) is the share of each layer's experts to hold;
-    "0%" is the least that works. With both, `memory` must suffice for that share. With neither, all experts
-    are held if they fit in 70 % of the free memory, else that is the budget. `context` defaults to 4096
+    "0%" is the least that works. With a profile in the file the layers have that memory by need, and the most used
+    experts are read at once, in the background. With both, `memory` must suffice for that share. With neither, all
+    experts are held if they fit in 70 % of the free memory, else that is the budget. `context` defaults to 4096
     tokens, or less where the model was made for less or their cache would take over a quarter of `memory`.
 
     No answer depends on these. Floats are computed in float32 on CPU and as stored elsewhere. Sets MLX's
@@ -149,20 +153,26 @@ def load_model(
     try:
         blueprint = draw(file)
         needs = probe(blueprint, file.metadata["model"]["config"], file.path)
+        profile = read_profile(file)
         tokens = context or _default_context(needs, limit)
-        budget = make_budget(
-            _demand(blueprint, needs, file), tokens, memory=limit, share=share, available=device.available_memory()
-        )
+        demand = _demand(blueprint, needs, file, profile)
+        budget = make_budget(demand, tokens, memory=limit, share=share, available=device.available_memory())
         device.limit_buffer_cache(budget.workspace // 5)
         _load_residents(blueprint, file)
-        paged = [_load_layer(blueprint, x, n, pager) for x, n in zip(blueprint.layers, budget.slots, strict=True)]
+        policies = _policies(file, profile)
+        paged = [
+            _load_layer(blueprint, x, n, pager, policy)
+            for x, n, policy in zip(blueprint.layers, budget.slots, policies, strict=True)
+        ]
         mx.eval(list(_arrays(blueprint.model)))
         lending = Lending(pager, [m for m in blueprint.model.modules() if isinstance(m, PagedSwitch)])
         replay = device.accelerate(blueprint.model, lending)
+        pager.stats = Stats()
+        if profile is not None and device.uploads() is None:  # uploads are untried beside a running model
+            _warm(blueprint, pager, profile)
     except BaseException:
         pager.close()
         raise
-    pager.stats = Stats()
     blueprint.model.squizd = Residency(file, budget, pager, sum(paged), replay)
     return blueprint.model
 
@@ -175,20 +185,45 @@ def _default_context(needs: Needs, limit: int | None) -> int:
     return tokens
 
 
-def _demand(blueprint: Blueprint, needs: Needs, file: File) -> Demand:
+def demand_of(path: str | os.PathLike[str], context: int | None = None) -> tuple[Demand, int]:
+    """What loading a file would ask for, and the context in tokens, without loading it. Raises as `load` does."""
+    with container.open(path) as file:
+        blueprint = draw(file)
+        needs = probe(blueprint, file.metadata["model"]["config"], file.path)
+        return _demand(blueprint, needs, file, read_profile(file)), context or _default_context(needs, None)
+
+
+def _policies(file: File, profile: Profile | None) -> list[Fading]:
+    known = profile.layers if profile is not None else [LayerProfile(())] * len(file.moe_layers)
+    tokens = profile.tokens if profile is not None else 0
+    return [Fading(x.expert_count, p.prior(tokens)) for x, p in zip(file.moe_layers, known, strict=True)]
+
+
+def _warm(blueprint: Blueprint, pager: Pager, profile: Profile) -> None:
+    """Begin to read the most used experts of all paged layers."""
+    modules = dict(blueprint.model.named_modules())
+    found = [(modules[x.layer.path], p) for x, p in zip(blueprint.layers, profile.layers, strict=True)]
+    paged = [(m, p.busiest(m.slots.count)) for m, p in found if isinstance(m, PagedSwitch)]
+    if paged:
+        Warmer(pager, paged)
+
+
+def _demand(blueprint: Blueprint, needs: Needs, file: File, profile: Profile | None) -> Demand:
+    curves = [p.curve() for p in profile.layers] if profile is not None else [()] * len(blueprint.layers)
     experts: list[int] = []
     for x in blueprint.layers:
         records = [file.expert(x.layer.layer, e) for e in range(x.layer.expert_count)]
         experts += {x.scatters[r.layout].staging_bytes(r.codec, r.raw_size) for r in records}
+    threads = READERS + 1 + (profile is not None)  # with the one that asks, and the one that warms
     once = [x.scatter.staging_bytes(x.record.codec, x.record.raw_size) for x in blueprint.residents]
     return Demand(
         name=os.path.basename(file.path),
         residents=sum(target.part.target_bytes for x in blueprint.residents for target in x.targets),
         layers=[
-            LayerDemand(x.layer.expert_count, k, x.slot_bytes)
-            for x, k in zip(blueprint.layers, needs.top_k, strict=True)
+            LayerDemand(x.layer.expert_count, k, x.slot_bytes, curve)
+            for x, k, curve in zip(blueprint.layers, needs.top_k, curves, strict=True)
         ],
-        staging=max([(READERS + 1) * size for size in experts] + once, default=0) + device.scratch_bytes(),
+        staging=max([threads * size for size in experts] + once, default=0) + device.scratch_bytes(),
         cache=needs.cache_bytes,
         workspace=needs.workspace_bytes,
     )
@@ -223,7 +258,7 @@ def _load_residents(blueprint: Blueprint, file: File) -> None:
     fill(blueprint.model, arrays)
 
 
-def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pager) -> bool:
+def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pager, policy: Fading) -> bool:
     """Give an expert module its slots. True if it is paged; else every expert is read into its own row now."""
     arrays, views = [], []
     for target in layer.targets:
@@ -231,7 +266,7 @@ def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pag
         arrays.append((target.name, array))
         views.append(view)
     fill(layer.module, arrays)
-    slots = Slots(pager, layer.layer, views, layer.scatters, row=device.uploads())
+    slots = Slots(pager, layer.layer, views, layer.scatters, policy, row=device.uploads())
     if count < layer.layer.expert_count:
         blueprint.replace(layer.layer.path, PagedSwitch(layer.module, slots))
         return True

@@ -18,7 +18,7 @@ from ..container.layout import MoeLayer, Record
 from ..container.reader import File
 from ..errors import ExpertReadError, ReadError, RequestError
 from .io import Bytes, Scatter
-from .policy import LRU, Policy
+from .policy import Fading, Policy
 
 # Where the bytes of a slot are put: buffers for one row of each bank, moved there when the block ends without an error.
 Row = Callable[[Sequence[Bytes], int], AbstractContextManager[list[Bytes]]]
@@ -34,7 +34,8 @@ class Stats:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
-    bytes_read: int = 0  # stored bytes of expert records
+    bytes_read: int = 0  # stored bytes of expert records that the model asked for
+    bytes_warmed: int = 0  # the same of those read before it asked
     waves: int = 0  # extra computations because a call needed more experts than slots
     read_seconds: float = 0.0  # the model waited for reads
     resident_bytes: int = 0  # memory of resident tensors and expert slots; not a counter
@@ -52,6 +53,13 @@ class Borrower(Protocol):
         """Bring `Slots` and statistics up to date, and be the pager's borrower no more."""
 
 
+class Background(Protocol):
+    """Whoever reads into slots that the model did not ask for."""
+
+    def stop(self) -> None:
+        """Read nothing more; returns when no read is under way."""
+
+
 class Pager:
     """Reader threads and statistics of one open file."""
 
@@ -59,13 +67,13 @@ class Pager:
         self.file = file
         self.stats = Stats()
         self.borrower: Borrower | None = None
+        self.warmer: Background | None = None
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(readers, thread_name_prefix="squizd-read")
 
     def run(self, jobs: Sequence[Callable[[], None]], total_bytes: int) -> list[BaseException | None]:
         """Run reads, in this thread or the pool; returns each one's error. None is running any more afterwards."""
         if self._pool is None:
             raise ReadError(f"{self.file.path}: the model is closed")
-        began = time.perf_counter()
         if len(jobs) == 1 or total_bytes <= INLINE_BYTES:
             errors: list[BaseException | None] = [_attempt(job) for job in jobs]
         else:
@@ -76,8 +84,13 @@ class Pager:
                 for future in futures:
                     future.cancel()
                 wait(futures)
-        self.stats.read_seconds += time.perf_counter() - began
         return errors
+
+    def stop_warming(self) -> None:
+        """End what reads in the background, if something does."""
+        warmer, self.warmer = self.warmer, None
+        if warmer is not None:
+            warmer.stop()
 
     def reclaim(self) -> None:
         """Have the slots given back, if they are lent."""
@@ -92,6 +105,7 @@ class Pager:
 
     def close(self) -> None:
         """Stop the threads and close the file; closing twice is fine. No read outlives `run`, so none is waited for."""
+        self.stop_warming()
         try:
             self.reclaim()
         except ReadError:  # of a token that nobody waits for
@@ -123,7 +137,7 @@ class Slots:
         self.layer, self.pager, self.banks = layer, pager, tuple(banks)
         self.count = len(banks[0])
         self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified
-        self.policy: Policy = LRU() if policy is None else policy
+        self.policy: Policy = Fading(layer.expert_count) if policy is None else policy
         self._free = list(range(self.count))[::-1]
         self.shelf: Any = None  # the native counterpart, where there is one: see `lending`
         self.scatters = scatters
@@ -141,12 +155,16 @@ class Slots:
         """(expert, slot) of what is resident, next victim first."""
         return [(expert, self.slot_of[expert]) for expert in self.policy]
 
-    def restore(self, order: Sequence[tuple[int, int]]) -> None:
-        """Take over what somebody else did to the slots under LRU: the inverse of `order`."""
+    def state(self) -> tuple[list[int], int]:
+        """What the policy knows besides `order`."""
+        assert isinstance(self.policy, Fading)
+        return self.policy.state()
+
+    def restore(self, order: Sequence[tuple[int, int]], counts: Sequence[int], token: int) -> None:
+        """Take over what somebody else did to the slots under the same policy: the inverse of `order` and `state`."""
+        assert isinstance(self.policy, Fading)
         self.slot_of = dict(order)
-        self.policy = LRU()
-        for expert in self.slot_of:
-            self.policy.use(expert)
+        self.policy.restore(self.slot_of, counts, token)
         taken = set(self.slot_of.values())
         self._free = [slot for slot in range(self.count)[::-1] if slot not in taken]
 
@@ -168,7 +186,24 @@ class Slots:
         missing = [e for e in experts if e not in slot_of]
         if not missing:
             return
-        kept = {*hits, *keep}
+        began = time.perf_counter()
+        for expert in self._bring(missing, {*hits, *keep}):
+            stats.misses += 1
+            stats.bytes_read += self.records[expert].stored_size
+        stats.read_seconds += time.perf_counter() - began
+
+    def fill(self, experts: Sequence[int]) -> None:
+        """Read those of distinct `experts` that are not resident into empty slots, as far as there are any.
+
+        Counts neither as hits nor as misses. Raises as `acquire` does.
+        """
+        missing = [e for e in experts if e not in self.slot_of][: len(self._free)]
+        for expert in self._bring(missing, ()):
+            self.pager.stats.bytes_warmed += self.records[expert].stored_size
+
+    def _bring(self, missing: Sequence[int], kept: Collection[int]) -> Iterator[int]:
+        """Read `missing` experts into slots, yielding those that were read; then raises the first error."""
+        slot_of = self.slot_of
         taken: list[tuple[int, int]] = []
         done: set[int] = set()
         try:
@@ -183,8 +218,7 @@ class Slots:
                     slot_of[expert] = slot
                     self.policy.use(expert)
                     done.add(expert)
-                    stats.misses += 1
-                    stats.bytes_read += self.records[expert].stored_size
+                    yield expert
             for error in errors:
                 if error is not None:
                     raise error

@@ -37,6 +37,7 @@ class _Paging:
         self.slots = slots
         self.lock = threading.Lock()
         self.last: mx.array | None = None  # the previous result, if it may still be in flight
+        self.called = False
 
 
 class PagedSwitch(nn.Module):
@@ -59,6 +60,7 @@ class PagedSwitch(nn.Module):
         while True:
             paging.slots.pager.reclaim()
             with paging.lock:
+                paging.called = True
                 if paging.slots.pager.borrower is None:  # another thread may have lent them again
                     return self._call(paging, x, indices)
 
@@ -95,6 +97,12 @@ class PagedSwitch(nn.Module):
                 self._paging.last = None
             yield
 
+    @contextmanager
+    def untouched(self) -> Iterator[Slots | None]:
+        """The slots, which no call uses meanwhile, if there never was a call; else None."""
+        with self._paging.lock:
+            yield None if self._paging.called else self._paging.slots
+
     def _few(self, slots: Slots, x: mx.array, chosen: list[int], shape: tuple[int, ...]) -> mx.array:
         slot_of = slots.slot_of
         distinct = list(dict.fromkeys(chosen))
@@ -102,11 +110,13 @@ class PagedSwitch(nn.Module):
             rows = [slot_of[expert] for expert in chosen]
         except KeyError:
             slots.check(min(distinct), max(distinct))
+            slots.policy.see(chosen, shape[-1])
             if len(distinct) > slots.count:
                 return self._waves(slots, x, np.array(chosen), distinct, shape)
             slots.acquire(distinct)
             rows = [slot_of[expert] for expert in chosen]
         else:
+            slots.policy.see(chosen, shape[-1])
             slots.touch(distinct)
         return self._inner(x, mx.array(rows, mx.uint32).reshape(shape))
 
@@ -114,6 +124,7 @@ class PagedSwitch(nn.Module):
         if chosen.size == 0:
             return self._inner(x, indices=mx.zeros(shape, mx.uint32))
         slots.check(int(chosen.min()), int(chosen.max()))
+        slots.policy.see(chosen, shape[-1])
         uses = np.bincount(chosen, minlength=slots.layer.expert_count)
         distinct = np.flatnonzero(uses)
         order = distinct[np.argsort(uses[distinct], kind="stable")].tolist()  # the busiest stay longest

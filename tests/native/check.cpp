@@ -203,7 +203,7 @@ void check_shelf(Pool& pool, int slots) {
   std::vector<Part> parts{{0, CODES, AS_STORED, codes.data(), CODES}, {128, SCALES, FROM_BF16, wide.data(), 2 * SCALES}};
   std::vector<Extent> records;
   for (size_t i = 0; i < EXPERTS; i++) records.push_back({i * RAW, RAW, xxh64(&file[i * RAW], RAW)});
-  Shelf shelf("file", fd, 3, parts, records, slots);
+  Shelf shelf("file", fd, 3, parts, records, slots, {4, 5, 6});
 
   auto right = [&](int expert, uint32_t slot) {
     bool good = slot < uint32_t(slots) && !memcmp(&codes[slot * CODES], &file[size_t(expert) * RAW], CODES);
@@ -219,7 +219,7 @@ void check_shelf(Pool& pool, int slots) {
     for (int i = 0; i < count; i++) ids[i] = random_bits() % EXPERTS;
     shelf.place(ids, count, where, pool);
     for (int i = 0; i < count; i++) expect(right(int(ids[i]), where[i]), "shelf", "-", round, int(ids[i]), slots);
-    if (round % 50 == 49) shelf.arrange(shelf.order());
+    if (round % 50 == 49) shelf.arrange(shelf.order(), shelf.weights(), shelf.token());
   }
   auto throws = [&](uint32_t id) {
     uint32_t where;
@@ -231,7 +231,7 @@ void check_shelf(Pool& pool, int slots) {
     return false;
   };
   for (uint32_t id : {uint32_t(EXPERTS), 1u << 31, ~0u}) expect(throws(id), "forged id", "-", int(id), 0, slots);
-  shelf.arrange({});
+  shelf.arrange({}, std::vector<uint64_t>(EXPERTS, 0), 0);
   const uint8_t changed = uint8_t(file[5 * RAW + 100] ^ 1);  // in the padding between parts
   if (pwrite(fd, &changed, 1, 5 * RAW + 100) != 1) abort();
   expect(throws(5) && last_failure().expert == 5 && last_failure().offset == 5 * RAW, "damage", "-", 5, 0, slots);

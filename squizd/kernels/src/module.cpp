@@ -23,10 +23,10 @@ struct HeldShelf {
   std::vector<Bank> banks;
 };
 
-// parts: (offset, size, widening) of each bank, in the order of `banks`; records: (offset, size, XXH64) of each expert
+// parts: (offset, size, widening) of each bank, in the order of `banks`; records: (offset, size, XXH64) of each expert; steps: Shelf's
 HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Bank> banks,
                      const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
-                     const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records) {
+                     const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, std::vector<uint64_t> steps) {
   if (banks.empty() || banks.size() != parts.size()) throw std::invalid_argument("one bank for each part");
   const size_t slots = banks[0].shape(0);
   std::vector<Part> ours;
@@ -39,7 +39,7 @@ HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Ban
   }
   std::vector<Extent> extents;
   for (const auto& [offset, size, digest] : records) extents.push_back({offset, size, digest});
-  return {std::make_shared<Shelf>(name, fd, layer, std::move(ours), std::move(extents), int(slots)), std::move(banks)};
+  return {std::make_shared<Shelf>(name, fd, layer, std::move(ours), std::move(extents), int(slots), std::move(steps)), std::move(banks)};
 }
 
 PyObject* failed_read = nullptr;  // the class to raise, with (path, layer, expert, offset, reason)
@@ -50,8 +50,8 @@ void translate(const std::exception_ptr& thrown, void*) {
   try {
     std::rethrow_exception(thrown);
   } catch (const std::runtime_error& error) {
-    const Failure f = last_failure();
-    if (!failed_read || f.message.empty() || f.message != error.what()) throw;
+    const Failure f = failure_of(error.what());
+    if (!failed_read || f.message.empty()) throw;
     nb::object value = nb::borrow(failed_read)(f.path, f.layer, f.expert, f.offset, f.reason);
     reported++;
     PyErr_SetObject(failed_read, value.ptr());
@@ -99,11 +99,20 @@ NB_MODULE(_native, m) {
   nb::class_<HeldShelf>(m, "Shelf")
       .def("__init__", [](HeldShelf* self, const std::string& name, int fd, int layer, std::vector<Bank> banks,
                           const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
-                          const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records) {
-        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), parts, records));
+                          const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, std::vector<uint64_t> steps) {
+        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), parts, records, std::move(steps)));
       })
       .def("order", [](const HeldShelf& s) { return s.shelf->order(); })
-      .def("arrange", [](HeldShelf& s, const std::vector<std::pair<int, int>>& order) { s.shelf->arrange(order); })
+      .def("weights", [](const HeldShelf& s) { return s.shelf->weights(); })
+      .def("token", [](const HeldShelf& s) { return s.shelf->token(); })
+      .def("arrange", [](HeldShelf& s, const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& weights, int token) {
+        s.shelf->arrange(order, weights, token);
+      })
+      .def("place", [](HeldShelf& s, const std::vector<uint32_t>& ids) {  // for tests: a replayed token calls it without Python
+        std::vector<uint32_t> slots(ids.size());
+        s.shelf->place(ids.data(), int(ids.size()), slots.data(), *machine().pool);
+        return slots;
+      })
       .def("take_counts", [](HeldShelf& s) {
         const Shelf::Counts c = s.shelf->take_counts();
         return std::make_tuple(c.hits, c.misses, c.evictions, c.bytes, c.seconds);

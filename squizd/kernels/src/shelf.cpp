@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <deque>
 #include <mutex>
 #include <stdexcept>
 
@@ -79,7 +80,7 @@ float half(uint16_t bits) {
 }
 
 std::mutex failure_lock;
-Failure failure;
+std::deque<Failure> failures;  // the last few: several tokens under way may fail before one is reported
 
 void widen(const uint8_t* stored, size_t size, Widen how, uint8_t* to) {
   for (size_t i = 0; i + 2 <= size; i += 2, to += 4) {
@@ -99,7 +100,14 @@ void widen(const uint8_t* stored, size_t size, Widen how, uint8_t* to) {
 
 Failure last_failure() {
   std::lock_guard lock(failure_lock);
-  return failure;
+  return failures.empty() ? Failure{} : failures.back();
+}
+
+Failure failure_of(const std::string& message) {
+  std::lock_guard lock(failure_lock);
+  for (auto f = failures.rbegin(); f != failures.rend(); ++f)
+    if (f->message == message) return *f;
+  return {};
 }
 
 uint64_t xxh64(const uint8_t* data, size_t size) {
@@ -108,9 +116,12 @@ uint64_t xxh64(const uint8_t* data, size_t size) {
   return hash.digest();
 }
 
-Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots)
+Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots,
+             std::vector<uint64_t> steps)
     : name_(std::move(name)), fd_(fd), layer_(layer), slots_(slots), parts_(std::move(parts)), records_(std::move(records)),
-      slot_of_(records_.size(), -1), expert_in_(size_t(slots), -1), used_(size_t(slots), 0) {
+      slot_of_(records_.size(), -1), expert_in_(size_t(slots), -1), used_(size_t(slots), 0), steps_(std::move(steps)),
+      weights_(records_.size(), 0) {
+  if (steps_.empty()) throw std::invalid_argument("a half-life of no tokens");
   size_t end = 0;
   for (const Part& part : parts_) {
     if (part.offset < end) throw std::invalid_argument("parts overlap");
@@ -174,6 +185,21 @@ bool Shelf::read(int expert, int slot, std::vector<uint8_t>& staging, std::strin
   return true;
 }
 
+void Shelf::weigh(const uint32_t* ids, int count) {
+  for (int i = 0; i < count; i++) weights_[ids[i]] += steps_[size_t(token_)];
+  if (++token_ < int(steps_.size())) return;
+  token_ = 0;
+  for (uint64_t& weight : weights_) weight >>= 1;
+}
+
+// Whether what lies in `slot` is given up before what lies in `other`. An empty slot comes before all.
+bool Shelf::goes_before(int slot, int other) const {
+  const int a = expert_in_[size_t(slot)], b = expert_in_[size_t(other)];
+  if (a < 0 || b < 0) return b >= 0;
+  const uint64_t one = weights_[size_t(a)], two = weights_[size_t(b)];
+  return one != two ? one < two : a < b;
+}
+
 void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
   std::vector<std::pair<int, int>> missing;  // expert, slot
   const uint64_t now = ++clock_;
@@ -186,12 +212,13 @@ void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
     counts_.hits += used_[size_t(slot)] != now;
     used_[size_t(slot)] = now;
   }
+  weigh(ids, count);
   for (int i = 0; i < count; i++) {
     const int expert = int(ids[i]);
     if (slot_of_[size_t(expert)] >= 0) continue;
     int victim = -1;
-    for (int s = 0; s < slots_; s++)  // an empty slot was never used, so it comes first
-      if (used_[size_t(s)] != now && (victim < 0 || used_[size_t(s)] < used_[size_t(victim)])) victim = s;
+    for (int s = 0; s < slots_; s++)
+      if (used_[size_t(s)] != now && (victim < 0 || goes_before(s, victim))) victim = s;
     if (victim < 0) throw std::runtime_error(name_ + ": more experts are needed at once than there are slots");
     int& before = expert_in_[size_t(victim)];
     if (before >= 0) slot_of_[size_t(before)] = -1, counts_.evictions++;
@@ -226,7 +253,8 @@ void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
       first.message = name_ + ": layer " + std::to_string(layer_) + " expert " + std::to_string(first.expert) + " at byte " +
                       std::to_string(first.offset) + ": " + first.reason;
       std::lock_guard lock(failure_lock);
-      failure = first;
+      failures.push_back(first);
+      if (failures.size() > 16) failures.pop_front();
       throw std::runtime_error(first.message);
     }
   }
@@ -237,11 +265,15 @@ std::vector<std::pair<int, int>> Shelf::order() const {
   std::vector<std::pair<int, int>> out;
   for (int s = 0; s < slots_; s++)
     if (expert_in_[size_t(s)] >= 0) out.emplace_back(expert_in_[size_t(s)], s);
-  std::sort(out.begin(), out.end(), [&](auto& a, auto& b) { return used_[size_t(a.second)] < used_[size_t(b.second)]; });
+  std::sort(out.begin(), out.end(), [&](auto& a, auto& b) { return goes_before(a.second, b.second); });
   return out;
 }
 
-void Shelf::arrange(const std::vector<std::pair<int, int>>& order) {
+void Shelf::arrange(const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& weights, int token) {
+  if (weights.size() != weights_.size() || token < 0 || token >= int(steps_.size()))
+    throw std::invalid_argument("one weight for each expert, and a token of the half-life");
+  weights_ = weights;
+  token_ = token;
   std::fill(slot_of_.begin(), slot_of_.end(), -1);
   std::fill(expert_in_.begin(), expert_in_.end(), -1);
   std::fill(used_.begin(), used_.end(), 0);
