@@ -61,3 +61,15 @@ def layer_ids(paths: list[str]) -> list[int]:
     numbers = [int(m[1]) if m else -1 for m in found]
     ascending = all(a < b for a, b in zip([-1, *numbers], numbers, strict=False))
     return numbers if ascending else list(range(len(paths)))
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` is in `model`."""
+    at, _, leaf = path.rpartition(".")
+    parent: Any = model
+    for piece in at.split(".") if at else ():
+        parent = parent[int(piece)] if isinstance(parent, list) else getattr(parent, piece)
+    if isinstance(parent, list):
+        parent[int(leaf)] = module
+    else:
+        setattr(parent, leaf, module)

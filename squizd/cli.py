@@ -1,7 +1,7 @@
 """The `squizd` command: parse, call, map known errors to one line and an exit code.
 
 Exit codes: 0 done; 1 a known error, or an invalid file; 2 wrong usage, or (validate) unreadable;
-130 interrupted.
+130 interrupted. Longer than other modules because every command's options and output lines are here, and nothing else.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from . import __version__
 from .errors import ContextError, ReadError, RequestError, SquizdError
 
 if TYPE_CHECKING:
+    from .evaluation import Result
     from .generation import Sampling, Session
 
 _KNOWN_RECIPES = "int8, int4, int3, int2, mixed (experts 4, rest 8), mixed3, mixed2, mxfp4, keep"
+
+
+# Calibration and gptq use NumPy's BLAS on many small matrices, where its threads, which spin while they wait for each
+# other, made a busy machine ten to twenty times slower. To be set before NumPy is imported, which commands do.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class _Group(click.Group):
@@ -83,15 +89,27 @@ def main() -> None:
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: NAME-RECIPE.squizd]")
 @click.option("--recipe", default="int4", show_default=True, help=f"Encodings: {_KNOWN_RECIPES}.")
-@click.option("--quantizer", default="mse", show_default=True, help="mse (fitted) or minmax (as mlx-lm quantizes).")
+@click.option("--quantizer", default="mse", show_default=True,
+              help="mse (fitted), gptq (feedback; needs --calibration) or minmax (as mlx-lm quantizes).")  # fmt: skip
 @click.option("--override", "overrides", multiple=True, metavar="PATTERN=SPEC",
               help="Encoding for tensor paths that match, the last match wins; "
                    "SPEC: keep, mxfp4, mxfp8, nvfp4, or bits 2-8 as 4 or 4g32.")  # fmt: skip
+@click.option("--calibration", metavar="PATH", help="Text to weigh weights by: jsonl, plain text, or a folder.")
+@click.option("--windows", default=256, show_default=True, type=click.IntRange(min=1), help="How much of it.")
+@click.option("--context", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens of each window.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the windows.")
+@click.option("--statistics", metavar="FILE", help="Keep what was learned from the text here, or take it from here.")
+@click.option("--target-bpw", type=click.FloatRange(min=1, max=16), metavar="BITS",
+              help="Choose every tensor's encoding for this many bits per weight; needs --calibration.")  # fmt: skip
+@click.option("--target-size", metavar="SIZE", help="The same for a file of at most this size, as 16GB.")
+@click.option("--plan", metavar="FILE", help="Encodings by tensor, as --save-plan wrote them and you may have edited.")
+@click.option("--save-plan", metavar="FILE", help="Write the encodings that were chosen.")
+@click.option("--plan-only", is_flag=True, help="Print the plan and stop.")
 @click.option("--revision", help="Branch, tag or commit of a repository.")
 @click.option("--zstd", is_flag=True, help="Compress records with zstd: smaller to ship, slower to page.")
 @click.option("--force", is_flag=True, help="Replace an existing output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def compress(source: str, output: str | None, recipe: str, as_json: bool, **options: Any) -> None:
+def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_only: bool, **options: Any) -> None:
     """Turn a Hugging Face checkpoint SOURCE (repository id or folder) into one .squizd file.
 
     Interrupted, it leaves OUTPUT.partial; the same command goes on from there.
@@ -102,12 +120,38 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, **opti
     from tqdm import tqdm
 
     from .compression import compress as run_compress
+    from .compression import plan as run_plan
+    from .guide import Calibration
+    from .runtime.budget import parse_size
 
-    target = output or f"{os.path.basename(os.path.abspath(source))}-{recipe}.squizd"
+    amount = {key: options.pop(key) for key in ("windows", "context", "seed")}
+    if options["calibration"] is not None:
+        options["calibration"] = Calibration(options["calibration"], **amount)
+    if options["target_size"] is not None:
+        options["target_size"] = parse_size(options["target_size"])
+    chosen = f"{options['target_bpw']}bpw" if options["target_bpw"] else "plan" if options["plan"] else recipe
+    target = output or f"{os.path.basename(os.path.abspath(source))}-{chosen}.squizd"
+    calibrating = tqdm(unit="layer", desc="calibrate", disable=None, leave=False, delay=0.5)
+
+    def preparing(done: int, total: int) -> None:
+        if done < calibrating.n:  # the next pass
+            calibrating.reset(total)
+        calibrating.total = total
+        calibrating.update(done - calibrating.n)
+
+    options["preparing"] = preparing
+    if plan_only:
+        wanted = ("quantizer", "calibration", "statistics", "target_bpw", "target_size", "plan", "save_plan",
+                  "revision", "preparing")  # fmt: skip
+        made = run_plan(source, **{key: options[key] for key in wanted})
+        calibrating.close()
+        click.echo(json.dumps(asdict(made)) if as_json else made.describe())
+        return
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc="compress", disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             if bar.total is None:
+                calibrating.close()
                 bar.reset(total)
                 bar.initial = done
             bar.update(done - bar.n)
@@ -116,7 +160,7 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, **opti
     if as_json:
         click.echo(json.dumps(asdict(s)))
         return
-    if s.recipe != recipe:
+    if s.recipe == "keep" != recipe:
         click.echo(f"{source} is quantized for MLX already: stored as it comes, recipe {recipe} not applied", err=True)
     if s.unquantized:
         click.echo(
@@ -467,6 +511,68 @@ def fit(
             f"measured: {found.compute_seconds * 1e3:.2f} ms a token without reading; experts at {speeds} from cache",
             err=True,
         )
+
+
+# -- eval ------------------------------------------------------------------------------------------------
+
+
+@main.command("eval")
+@click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILE...")
+@click.option("--text", required=True, type=click.Path(), help="Text to predict: jsonl, plain text, or a folder.")
+@click.option("--reference", metavar="SOURCE", help="Compare with this checkpoint (in float32) or other .squizd file.")
+@click.option("--context", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens of each text.")
+@click.option(
+    "--texts", default=40, show_default=True, type=click.IntRange(min=1), help="How many texts, evenly spread."
+)
+@click.option("--memory", metavar="SIZE", help="Budget for each FILE, as 6GB.")
+@click.option(
+    "--cache", type=click.Path(), help="Folder to keep the reference's results in.  [default: ~/.cache/squizd]"
+)
+@click.option("--report", type=click.Path(), help="Write a page that compares the files: KL divergence against bits.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per file.")
+def evaluate(files: tuple[str, ...], text: str, report: str | None, cache: str | None, as_json: bool, **o: Any) -> None:
+    """Measure FILE's perplexity on a text, and how far its answers are from a reference's.
+
+    Example: squizd eval qwen3.squizd --reference Qwen/Qwen3-30B-A3B --text held-out.jsonl
+    """
+    _need_mlx()
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from . import corpus
+    from . import report as reports
+    from .evaluation import evaluate as run_evaluate
+
+    found = []
+    read = corpus.read(text)
+    for file in files:
+        with tqdm(unit="text", desc=os.path.basename(file), disable=None, leave=False) as bar:
+
+            def progress(done: int, total: int, bar: Any = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found.append(run_evaluate(file, read, cache=Path(cache) if cache else None, progress=progress, **o))
+        click.echo(json.dumps(found[-1].describe()) if as_json else _evaluated(found[-1]))
+    if report:
+        reports.write(report, found)
+
+
+def _evaluated(r: Result) -> str:
+    lines = [
+        f"{r.file}: {r.bits_per_weight:.3f} bits per weight, perplexity {r.perplexity:.3f} ± {r.perplexity_error:.3f} "
+        f"on {r.tokens} tokens of {r.texts} texts"
+    ]
+    if r.kld_mean is not None:
+        lines.append(f"    reference perplexity {r.reference_perplexity:.3f}, top-1 agreement {r.top1_agreement:.2%}")
+        lines.append(
+            f"    KL divergence {r.kld_mean:.5f} ± {r.kld_mean_error:.5f}, median {r.kld_median:.5f}, "
+            f"99 % {r.kld_99:.4f}, 99.9 % {r.kld_999:.4f}, max {r.kld_max:.4f}"
+        )
+        shares = " ".join(f"{share:.1%}" for share in r.router_agreement.values())
+        lines += [f"    experts agree, layer by layer: {shares}"] if shares else []
+    return "\n".join(lines)
 
 
 # -- shared ------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ evaluated, quantized, written and dropped, so memory holds one layer, never the 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _encode_tagged_floats, infer_quant_config
 
 from . import __version__, inspection
+from .allocation import Plan as TensorPlan
 from .architecture import build, expert_modules, layer_ids
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import Plan, Writer
@@ -32,10 +34,14 @@ from .container.layout import FLOATS, RAW, ZSTD, Encoding, MoeLayer, make_layout
 from .container.metadata import MetadataError
 from .container.writer import check_target, choose_alignment
 from .errors import RecipeError, SourceError
-from .quantizers import METHODS, quantize
+from .guide import Calibration, Guide, prepare
+from .planning import Candidate, make_plan
+from .quantizers import METHODS
 from .recipe import KEEP, Recipe, choose, make_recipe, role_of
+from .weights import read as read_weights
 
 Progress = Callable[[int, int], None]
+SENSITIVITY_WINDOWS = 4  # of calibration text, on which every tensor's divergence is measured
 _DTYPES = {
     mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16", mx.uint8: "u8", mx.int8: "i8", mx.uint16: "u16",
     mx.int16: "i16", mx.uint32: "u32", mx.int32: "i32", mx.uint64: "u64", mx.int64: "i64",
@@ -94,15 +100,27 @@ def compress(
     revision: str | None = None,
     zstd: bool = False,
     force: bool = False,
+    calibration: str | os.PathLike[str] | Calibration | None = None,
+    statistics: str | os.PathLike[str] | None = None,
+    target_bpw: float | None = None,
+    target_size: int | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    save_plan: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    preparing: Progress | None = None,
 ) -> Summary:
     """Compress a Hugging Face checkpoint (folder or repository id) into the file `output`.
 
     `recipe` names the encodings (`squizd.recipe.RECIPES`), `overrides` are "PATTERN=SPEC" for tensor
-    paths, `quantizer` is "minmax" or "mse". `progress(done, total)` counts bytes of the file. The same
+    paths, `quantizer` is "minmax", "mse" or "gptq". `calibration` is text (a file or folder), with which mse
+    weighs its fit by activations and without which there is no gptq; `statistics` names a file to keep what was
+    learned from it, or to take it from. `progress(done, total)` counts bytes of the file, `preparing` layers
+    that were calibrated. `target_bpw` (bits per weight) or `target_size` (bytes of the file) lets measured
+    divergences choose every tensor's bits and group size, which takes calibration text; `save_plan` writes what was
+    chosen, `plan` does as such a file says. The same
     source and arguments give the same bytes; an interrupted run leaves `output`.partial, and the same
     call goes on from there. A source that is quantized for MLX passes untouched, whatever the recipe.
-    Raises SourceError, RecipeError, OutputError.
+    Raises SourceError, RecipeError, TextError, OutputError.
     """
     started = time.perf_counter()
     target = os.fspath(output)
@@ -112,22 +130,29 @@ def compress(
     check_target(target, force)
     checkpoint = open_checkpoint(source, revision)
     if isinstance(checkpoint.config.get("quantization"), dict):  # mlx-lm's mark: what it left alone stays alone
+        if target_bpw is not None or target_size is not None or plan is not None or calibration is not None:
+            raise RecipeError(f"{source} is quantized for MLX already: nothing is left to choose or to fit")
         chosen = make_recipe("keep", overrides)
     old_limit = mx.set_cache_limit(1 << 26)
     try:
+        guide = prepare(checkpoint, quantizer, calibration, statistics, preparing)
+        if target_bpw is not None or target_size is not None or plan is not None:
+            made = _chosen_plan(checkpoint, guide, target_bpw, target_size, plan, save_plan, preparing)
+            name = "plan" if plan is not None else f"{target_bpw}bpw" if target_bpw else "size"
+            chosen = replace(make_recipe("mixed", [*made.overrides(), *overrides]), name=name)
         weights, job = _lay_out(checkpoint, chosen)
-        plan = _plan(checkpoint, job, chosen, quantizer, zstd)
-        with ThreadPoolExecutor(1) as pool, Writer(target, plan) as writer:
+        plan_of_file = _plan(checkpoint, job, chosen, quantizer, zstd, guide)
+        with ThreadPoolExecutor(1) as pool, Writer(target, plan_of_file) as writer:
             stop = threading.Event()
             hashes = pool.submit(checkpoint.hashes, stop)
             resumed = writer.done
             report = progress or (lambda done, total: None)
             try:
-                _write(writer, weights, job, quantizer, report)
-                plan.metadata["provenance"]["source"]["files"] = hashes.result()
+                _write(writer, weights, job, guide, report)
+                plan_of_file.metadata["provenance"]["source"]["files"] = hashes.result()
             finally:
                 stop.set()
-            writer.finish(plan.metadata)
+            writer.finish(plan_of_file.metadata)
     finally:
         mx.set_cache_limit(old_limit)
     with open_file(target) as f:
@@ -148,6 +173,73 @@ def compress(
     )
 
 
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    quantizer: str = "mse",
+    calibration: str | os.PathLike[str] | Calibration | None = None,
+    statistics: str | os.PathLike[str] | None = None,
+    target_bpw: float | None = None,
+    target_size: int | None = None,
+    plan: str | os.PathLike[str] | None = None,
+    save_plan: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    preparing: Progress | None = None,
+) -> TensorPlan:
+    """What `compress` with these arguments would choose; writes nothing but `save_plan` and `statistics`."""
+    if target_bpw is None and target_size is None and plan is None:
+        raise RecipeError("there is nothing to plan", hint="give --target-bpw, --target-size or --plan")
+    checkpoint = open_checkpoint(source, revision)
+    old_limit = mx.set_cache_limit(1 << 26)
+    try:
+        guide = prepare(checkpoint, quantizer, calibration, statistics, preparing)
+        return _chosen_plan(checkpoint, guide, target_bpw, target_size, plan, save_plan, preparing)
+    finally:
+        mx.set_cache_limit(old_limit)
+
+
+def _chosen_plan(
+    checkpoint: Checkpoint, guide: Guide, target_bpw: float | None, target_size: int | None,
+    saved: str | os.PathLike[str] | None, save: str | os.PathLike[str] | None, progress: Progress | None,
+) -> TensorPlan:  # fmt: skip
+    """A plan that was saved, or one made for the target."""
+    if sum(x is not None for x in (target_bpw, target_size, saved)) > 1:
+        raise RecipeError("a target and a plan, or two targets, contradict each other", hint="give one of them")
+    if saved is not None:
+        return TensorPlan.load(saved)
+    if guide.statistics is None or guide.windows is None:
+        raise RecipeError("a target needs calibration text", hint="give some with --calibration")
+    candidates, fixed_bits, parameters = survey(checkpoint)
+    if target_bpw is None:
+        assert target_size is not None
+        # Beside weights a file holds tokenizer, indexes and padding; of the last at most 1 % (`choose_alignment`).
+        beside = sum(map(len, checkpoint.bundle().values())) + (1 << 18)
+        target_bpw = (target_size * 0.99 - beside) * 8 / parameters
+    made = make_plan(
+        checkpoint, candidates, fixed_bits, parameters, target_bpw, method=guide.method, statistics=guide.statistics,
+        windows=guide.windows[:SENSITIVITY_WINDOWS], progress=progress,
+    )  # fmt: skip
+    if save is not None:
+        made.save(save)
+    return made
+
+
+def survey(checkpoint: Checkpoint) -> tuple[list[Candidate], int, int]:
+    """What a plan decides on, the bits of all else, and the number of all parameters."""
+    weights, job = _lay_out(checkpoint, make_recipe("mixed"))
+    items = [(item.name, item, 1) for item in job.residents]
+    items += [(f"{path}.{i.name}", i, job.counts[path]) for path, group in job.experts.items() for i in group]
+    candidates, fixed, parameters = list[Candidate](), 0, 0
+    for name, item, count in items:
+        parameters += math.prod(item.shape) * count
+        if item.encoding.mode == "affine" and not item.packed:
+            shape = (count, *item.shape) if item.role == "expert" else item.shape
+            candidates.append(Candidate(name, item.role, _dtype(weights[item.weight]), shape))
+        else:
+            fixed += 8 * count * sum(item.encoding.part_sizes(item.shape))
+    return candidates, fixed, parameters
+
+
 # -- what is there, and what becomes of it -------------------------------------------------------------
 
 
@@ -158,18 +250,7 @@ def _lay_out(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, mx.array
     if method in ("awq", "gptq"):
         raise SourceError(f"{where} is {method}-quantized", hint="convert it with mlx_lm.convert first")
     model = build(checkpoint.config, where)
-    weights: dict[str, mx.array] = {}
-    for shard in checkpoint.shards:
-        try:
-            loaded: Any = mx.load(str(shard))
-        except (RuntimeError, ValueError) as error:
-            raise SourceError(f"{shard}: MLX cannot read it: {error}") from error
-        weights.update(loaded)
-    if hasattr(model, "sanitize"):
-        try:
-            weights = model.sanitize(weights)
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise SourceError(f"{where}: tensors do not fit {checkpoint.config['model_type']}: {error!r}") from error
+    weights = read_weights(checkpoint, model)
     job, left = _Job(), set(weights)
     modules = expert_modules(model)
     parents = frozenset(path.rpartition(".")[0] for path in modules)
@@ -261,7 +342,7 @@ def _dtype(array: mx.array) -> str:
     return _DTYPES[array.dtype]
 
 
-def _plan(checkpoint: Checkpoint, job: _Job, recipe: Recipe, quantizer: str, zstd: bool) -> Plan:
+def _plan(checkpoint: Checkpoint, job: _Job, recipe: Recipe, quantizer: str, zstd: bool, guide: Guide) -> Plan:
     paths = list(job.experts)
     layouts = {path: make_layout([item.entry() for item in items]) for path, items in job.experts.items()}
     distinct = list(dict.fromkeys(layouts.values()))
@@ -275,10 +356,19 @@ def _plan(checkpoint: Checkpoint, job: _Job, recipe: Recipe, quantizer: str, zst
         "recipe": {**recipe.describe(), "quantizer": quantizer},
         "provenance": {"tool": "squizd", "version": __version__, "source": source},
     }
+    if guide.statistics is not None:
+        metadata["provenance"]["calibration"] = guide.statistics.source
     if licence := checkpoint.licence():
         metadata["licence"] = licence
     bundle = checkpoint.bundle()
-    agreed = (recipe, quantizer, zstd, __version__, [(name, hashlib.sha256(d).digest()) for name, d in bundle.items()])
+    agreed = (
+        recipe,
+        quantizer,
+        zstd,
+        guide.digest(),
+        __version__,
+        [(name, hashlib.sha256(d).digest()) for name, d in bundle.items()],
+    )
     fingerprint = hashlib.sha256(checkpoint.fingerprint() + repr(agreed).encode()).digest()
     try:
         return Plan(
@@ -299,19 +389,20 @@ def _plan(checkpoint: Checkpoint, job: _Job, recipe: Recipe, quantizer: str, zst
 # -- the values ----------------------------------------------------------------------------------------
 
 
-def _write(writer: Writer, weights: dict[str, mx.array], job: _Job, quantizer: str, report: Progress) -> None:
+def _write(writer: Writer, weights: dict[str, mx.array], job: _Job, guide: Guide, report: Progress) -> None:
     report(writer.done_bytes, writer.total_bytes)
     for position, item in enumerate(job.residents):
         if position < writer.done:
             weights.pop(item.weight, None)
             continue
-        writer.write([_encode(item, weights, quantizer)])
+        writer.write([_encode(item, weights, guide)])
         report(writer.done_bytes, writer.total_bytes)
     first = len(job.residents)
     for path, items in job.experts.items():
         count = job.counts[path]
+        guide.approach(path)
         if first + count > writer.done:
-            stacks = [_encode(item, weights, quantizer) for item in items]
+            stacks = [_encode(item, weights, guide) for item in items]
             for expert in range(writer.done - first, count):
                 writer.write([[part[expert : expert + 1] for part in stack if part is not None] for stack in stacks])
                 report(writer.done_bytes, writer.total_bytes)
@@ -323,7 +414,7 @@ def _write(writer: Writer, weights: dict[str, mx.array], job: _Job, quantizer: s
         mx.clear_cache()
 
 
-def _encode(item: _Item, weights: dict[str, mx.array], quantizer: str) -> list[np.ndarray[Any, Any] | None]:
+def _encode(item: _Item, weights: dict[str, mx.array], guide: Guide) -> list[np.ndarray[Any, Any] | None]:
     """Evaluate one tensor into its stored parts, and let go of its source."""
     path = item.weight.rpartition(".")[0]
     parts: list[mx.array | None]
@@ -332,10 +423,8 @@ def _encode(item: _Item, weights: dict[str, mx.array], quantizer: str) -> list[n
     elif item.encoding.mode == "raw":
         parts = [weights.pop(item.weight), None, None]
     else:
-        # Microscaling formats have nothing to fit: their one way is round to nearest.
-        method = quantizer if item.encoding.mode == "affine" else "minmax"
         try:
-            parts = list(quantize(weights.pop(item.weight), item.encoding, method))
+            parts = list(guide.quantize(path, weights.pop(item.weight), item.encoding))
         except RecipeError as error:
             raise RecipeError(f"{item.weight}: {error}", hint=error.hint) from error
     present = [part for part in parts if part is not None]

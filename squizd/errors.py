@@ -11,6 +11,7 @@
     ├── OutputError              the result cannot be written: full disk, read-only folder
     ├── BudgetError              the memory budget is too small: `minimum` in bytes
     ├── ContextError             prompt and answer do not fit the reserved context
+    ├── TextError                calibration or evaluation text is empty, binary or too short
     ├── RequestError             an argument makes no sense (an unknown expert, an empty prompt)
     └── BackendError             MLX cannot be used on this machine as installed
 
@@ -77,6 +78,10 @@ class BudgetError(SquizdError):
 
 class ContextError(SquizdError):
     """Prompt plus answer exceed the context that the budget reserved."""
+
+
+class TextError(SquizdError):
+    """Text to calibrate or evaluate with is absent, empty, binary, malformed or too short."""
 
 
 class RequestError(SquizdError):

@@ -346,7 +346,7 @@ def test_raw_is_a_cast() -> None:
 
 
 def test_every_method_is_registered() -> None:
-    assert set(METHODS) == {"minmax", "mse"}
+    assert set(METHODS) == {"minmax", "mse", "gptq"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
+from squizd.quantizers.gptq import gptq
 from squizd.quantizers.minmax import minmax
 from squizd.quantizers.mse import mse
 from squizd.quantizers.packing import DTYPES, FLOAT_DTYPES, Quantized, pack
@@ -22,6 +23,7 @@ __all__ = ["METHODS", "Quantized", "pack", "quantize"]
 METHODS: Final[dict[str, Callable[[mx.array, Encoding, mx.array | None], Quantized]]] = {
     "minmax": minmax,
     "mse": mse,
+    "gptq": gptq,
 }
 
 
@@ -32,7 +34,7 @@ def quantize(w: mx.array, encoding: Encoding, method: str = "minmax", importance
         w: weights [..., out, in], f32, f16 or bf16, finite. For a raw encoding any shape, and integers too.
         encoding: a registered encoding; its group size divides `in`.
         method: a key of `METHODS`. A raw encoding leaves nothing to choose and takes any.
-        importance: [in] or [..., in], see `mse`; None for `minmax`.
+        importance: mse: [in] or [..., in], or None; gptq: the Hessian [..., in, in]; minmax: None.
 
     Returns:
         codes, scales, biases, evaluated. Affine: uint32 [..., out, in * bits / 32] in MLX's packing, and two

@@ -1,0 +1,121 @@
+"""What each step of compression is worth: an ablation over calibration seeds, with a random-allocation control.
+
+    python benchmarks/quality.py --model CHECKPOINT --text eval.jsonl --calibration calibration.jsonl --out FOLDER
+
+For each budget, uniform recipes (experts at the width below it in groups of 128, everything else 6 bits in groups of
+64) with min-max, mse, activation-weighted mse and gptq; then gptq with allocated bits, and with the same bits dealt at
+random among tensors of the same size. What needs calibration runs once per seed. One JSON line per row; rows
+that FOLDER has already are not computed again, so an interrupted run goes on. Files are deleted once evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import squizd
+from squizd import allocation, compression, corpus, planning
+from squizd.checkpoint import open_checkpoint
+from squizd.evaluation import evaluate
+from squizd.guide import Calibration, prepare
+
+UNIFORM = {4.5: "4g128", 3.5: "3g128", 2.8: "2g128"}
+PLAIN = ("minmax", "mse")
+CALIBRATED = ("weighted", "gptq", "allocated", "random")
+
+
+def plans(args: argparse.Namespace, seed: int, target: float) -> dict[str, allocation.Plan]:
+    """The allocated plan for a target, and its control."""
+    checkpoint = open_checkpoint(args.model)
+    candidates, fixed, parameters = compression.survey(checkpoint)
+    kept = args.out / f"units-{seed}.json"
+    if not kept.exists():
+        guide = prepare(checkpoint, "gptq", calibration(args, seed), args.out / f"statistics-{seed}.npz")
+        units = planning.measure(
+            checkpoint, candidates, method="gptq", statistics=guide.statistics,
+            windows=guide.windows[: compression.SENSITIVITY_WINDOWS],
+        )  # fmt: skip
+        rows = [[u.name, u.parameters, [[o.spec, o.bits, o.loss] for o in u.options]] for u in units]
+        kept.write_text(json.dumps(rows))
+    units = [
+        allocation.Unit(name, size, tuple(allocation.Option(*o) for o in options))
+        for name, size, options in json.loads(kept.read_text())
+    ]
+    chosen = allocation.allocate(units, int(target * parameters) - fixed)
+    dealt = allocation.shuffled(units, chosen, seed)
+    return {
+        "allocated": planning.as_plan(units, chosen, fixed, parameters),
+        "random": planning.as_plan(units, dealt, fixed, parameters),
+    }
+
+
+def calibration(args: argparse.Namespace, seed: int) -> Calibration:
+    """The calibration that a seed draws."""
+    return Calibration(args.calibration, windows=args.windows, seed=seed)
+
+
+def options(args: argparse.Namespace, variant: str, target: float, seed: int) -> dict[str, Any]:
+    """Arguments of `compress` for a row."""
+    spec = UNIFORM[target]
+    uniform: dict[str, Any] = {
+        "recipe": "mixed",
+        "overrides": ["*=6g64", *([f"{m}.*={spec}" for m in args.modules]), *[f"{r}=8g64" for r in args.routers]],
+    }
+    if variant in PLAIN:
+        return {**uniform, "quantizer": variant}
+    learned = {"calibration": calibration(args, seed), "statistics": args.out / f"statistics-{seed}.npz"}
+    if variant in ("weighted", "gptq"):
+        return {**uniform, **learned, "quantizer": "mse" if variant == "weighted" else "gptq"}
+    path = args.out / f"plan-{variant}-{target}-{seed}.json"
+    plans(args, seed, target)[variant].save(path)
+    return {**learned, "quantizer": "gptq", "plan": path}
+
+
+def rows(args: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
+    """Every row, by seed."""
+    for seed in args.seeds:
+        for target in args.targets:
+            for variant in args.variants:
+                if variant in CALIBRATED or seed == args.seeds[0]:
+                    yield variant, target, seed
+
+
+def main() -> None:
+    """Compute and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--windows", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--targets", type=float, nargs="+", default=list(UNIFORM), choices=list(UNIFORM))
+    parser.add_argument("--variants", nargs="+", default=[*PLAIN, *CALIBRATED], choices=[*PLAIN, *CALIBRATED])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    candidates, _, _ = compression.survey(open_checkpoint(args.model))
+    args.modules = sorted({c.path.rpartition(".")[0] for c in candidates if c.role == "expert"})
+    args.routers = [c.name for c in candidates if c.role == "router"]
+    text = corpus.read(args.text)
+    for variant, target, seed in rows(args):
+        kept = args.out / f"row-{variant}-{target}-{seed}.json"
+        if not kept.exists():
+            began, file = time.perf_counter(), args.out / f"{variant}-{target}-{seed}.squizd"
+            squizd.compress(args.model, file, force=True, **options(args, variant, target, seed))
+            seconds = time.perf_counter() - began
+            found = evaluate(str(file), text, reference=args.model, cache=args.out / "cache").describe()
+            facts = {"variant": variant, "target": target, "seed": seed, "compress_seconds": seconds, **found}
+            kept.write_text(json.dumps(facts))
+            file.unlink()
+        facts = json.loads(kept.read_text())
+        wanted = ("variant", "target", "seed", "bits_per_weight", "perplexity", "kld_mean", "kld_mean_error", "kld_999",
+                  "top1_agreement", "compress_seconds")  # fmt: skip
+        print(json.dumps({key: facts[key] for key in wanted}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

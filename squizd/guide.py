@@ -1,0 +1,158 @@
+"""How each tensor of a checkpoint is quantized: which method, and with what knowledge of its inputs.
+
+Between the pipeline, which knows tensors and files, and quantizers, which know numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from . import corpus as corpora
+from .calibration import ExpertInputs, Floats, Statistics, calibrate, expert_inputs, windows_of
+from .checkpoint import Checkpoint
+from .container.layout import Encoding
+from .corpus import Corpus
+from .errors import RecipeError
+from .quantizers import Quantized, quantize
+
+Progress = Callable[[int, int], None]
+BATCH_BYTES = 1 << 25  # of one batch of experts' Hessians in float32; GPTQ holds about ten times as much
+KEPT_BYTES = 1 << 27  # of all experts' Hessians of one module, if they are kept for the next projection
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text to calibrate with and how much of it: `windows` of `context` tokens, drawn by `seed`."""
+
+    text: str | os.PathLike[str]
+    windows: int = 256
+    context: int = 512
+    seed: int = 0
+
+
+class Guide:
+    """Quantizes tensors by path; for gptq it walks through the model as expert modules are approached in order."""
+
+    def __init__(
+        self,
+        method: str,
+        statistics: Statistics | None = None,
+        windows: list[list[int]] | None = None,
+        inputs: Iterator[ExpertInputs] | None = None,
+    ) -> None:
+        self.method, self.statistics, self.windows = method, statistics, windows
+        self._inputs = inputs
+        self._here: ExpertInputs | None = None
+        self._kept: tuple[tuple[str, bool], Floats, Floats | None] | None = None
+        self._digest = statistics.digest() if statistics else ""
+
+    def digest(self) -> str:
+        """Changes with everything that quantization depends on, the method apart."""
+        return self._digest
+
+    def approach(self, module: str) -> None:
+        """What follows are tensors of this expert module, or of none that comes before it in the model."""
+        self._here = None
+        while self._inputs is not None and (self._here is None or self._here.path != module):
+            self._here = next(self._inputs)
+
+    def importance(self, path: str) -> mx.array | None:
+        """Mean square of the tensor's inputs, [in] or [experts, in]; None if unknown."""
+        found = self.statistics.moments.get(path) if self.statistics else None
+        return None if found is None else mx.array(found)
+
+    def quantize(self, path: str, w: mx.array, encoding: Encoding) -> Quantized:
+        """Quantize the tensor `path` (without ".weight"); RecipeError as `quantizers.quantize`."""
+        # Microscaling formats have nothing to fit: their one way is round to nearest.
+        if encoding.mode != "affine" or self.method == "minmax":
+            return quantize(w, encoding, "minmax")
+        module, _, projection = path.rpartition(".")
+        if self._here is None or self._here.path != module:
+            return quantize(w, encoding, "mse", self.importance(path))
+        return self._with_feedback(projection, w, encoding, self._here)
+
+    def _with_feedback(self, projection: str, w: mx.array, encoding: Encoding, inputs: ExpertInputs) -> Quantized:
+        layer, all_of_them = self._hessians(projection, inputs)
+        size = max(1, BATCH_BYTES // layer.nbytes)
+        parts = []
+        for start in range(0, w.shape[0], size):
+            experts = range(start, min(start + size, w.shape[0]))
+            own = inputs.hessians(projection, experts) if all_of_them is None else all_of_them[start : start + size]
+            parts.append(quantize(w[start : start + size], encoding, "gptq", mx.array(inputs.mixed(own, layer))))
+        codes, scales, biases = (
+            mx.concatenate([p for p in part if p is not None]) for part in zip(*parts, strict=True)
+        )
+        return codes, scales, biases
+
+    def _hessians(self, projection: str, inputs: ExpertInputs) -> tuple[Floats, Floats | None]:
+        """The layer's, and all experts' if they are few and small enough to keep for the next projection."""
+        key = (inputs.path, projection == inputs.last)
+        if self._kept is None or self._kept[0] != key:
+            width = inputs.module[projection]["weight"].shape[-1]
+            if inputs.count * width * width * 4 > KEPT_BYTES:
+                self._kept = (key, inputs.layer_hessian(projection), None)
+            else:
+                own = inputs.hessians(projection, range(inputs.count))
+                mass = max(inputs.mean_square_gate() * inputs.gates.size, 1e-30)
+                self._kept = (key, own.sum(axis=0) / np.float32(mass), own)
+        return self._kept[1], self._kept[2]
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    method: str,
+    calibration: str | os.PathLike[str] | Calibration | None,
+    statistics: str | os.PathLike[str] | None,
+    progress: Progress | None = None,
+) -> Guide:
+    """A guide for `checkpoint`: reads text and statistics, and calibrates if need be.
+
+    `statistics` is read if it is there and belongs to the text, else written. Raises TextError, SourceError,
+    RecipeError for what does not go together, OutputError.
+    """
+    if calibration is not None and not isinstance(calibration, Calibration):
+        calibration = Calibration(calibration)
+    if method == "gptq" and calibration is None:
+        raise RecipeError("gptq needs calibration text", hint="give some with --calibration, or use --quantizer mse")
+    if method == "minmax":
+        if calibration is not None or statistics is not None:
+            raise RecipeError("minmax has no use for calibration", hint="use --quantizer mse or gptq")
+        return Guide(method)
+    if calibration is None and statistics is None:
+        return Guide(method)
+    text = corpora.read(calibration.text) if calibration else None
+    found = _statistics(checkpoint, calibration, text, statistics, progress)
+    if not (calibration and text):
+        return Guide(method, found)
+    windows = windows_of(text, checkpoint, calibration.context, calibration.windows, calibration.seed)
+    return Guide(method, found, windows, expert_inputs(checkpoint, windows) if method == "gptq" else None)
+
+
+def _statistics(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    text: Corpus | None,
+    path: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> Statistics:
+    if path is not None and (Path(path).exists() or calibration is None):
+        found = Statistics.load(path)
+        wanted = (text.sha256, calibration.context, calibration.seed) if text and calibration else None
+        if wanted and wanted != tuple(found.source.get(key) for key in ("sha256", "context", "seed")):
+            raise RecipeError(f"{path} was made from other text than the calibration's", hint="give one of the two")
+        return found
+    assert calibration is not None
+    assert text is not None
+    found = calibrate(
+        checkpoint, text, context=calibration.context, count=calibration.windows, seed=calibration.seed,
+        progress=progress,
+    )  # fmt: skip
+    if path is not None:
+        found.save(path)
+    return found

@@ -1,0 +1,148 @@
+"""A plan for a checkpoint: what every encoding of every tensor costs in bits and, by measurement, in answers.
+
+    loss(tensor, encoding) = divergence when it alone is rounded min-max (measured on the whole model)
+                             × weighted squared error of the encoding as it will be fitted / that of min-max
+                             × with gptq: the share of the error that feedback leaves
+
+Tensors in constant use keep 5 bits or more, routers 8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .allocation import Option, Plan, Unit, allocate
+from .architecture import build
+from .calibration import Statistics
+from .checkpoint import Checkpoint
+from .container.layout import Encoding
+from .errors import RecipeError
+from .quantizers import quantize
+from .recipe import affine, choose
+from .sensitivity import divergences
+from .weights import read as read_weights
+
+Progress = Callable[[int, int], None]
+SAMPLE = 1 << 16  # weights per tensor on which encodings are compared
+EXPERTS = tuple(affine(bits, group) for bits in (2, 3, 4, 5, 6) for group in (128, 64, 32))
+OTHERS = tuple(affine(bits, group) for bits in (5, 6, 8) for group in (128, 64, 32))
+ROUTERS = (affine(8, 64),)
+UNKNOWN = (affine(6, 64),)  # what cannot be measured, such as an embedding that is not the head
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tensor that can be quantized: name, role, float type, its whole shape (experts first), how many share it."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """The name without ".weight"."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def reference(self) -> tuple[int, int]:
+        """Bits and group size with which its divergence is measured."""
+        group = next(g for g in (64, 32) if self.shape[-1] % g == 0)
+        return (3 if self.role == "expert" else 4), group
+
+    def encodings(self, measured: bool) -> list[Encoding]:
+        """All that may be chosen, without doubles."""
+        specs = {"expert": EXPERTS, "router": ROUTERS}.get(self.role, OTHERS) if measured else UNKNOWN
+        if self.role == "router":
+            specs = ROUTERS
+        found = [choose(spec, self.dtype, self.shape) for spec in specs]
+        return list(dict.fromkeys(e for e in found if e is not None))
+
+
+def bits_of(encoding: Encoding, shape: tuple[int, ...]) -> int:
+    """Stored bits of a tensor, scales and biases included."""
+    return 8 * sum(encoding.part_sizes(shape))
+
+
+def make_plan(
+    checkpoint: Checkpoint, candidates: Sequence[Candidate], fixed_bits: int, parameters: int, bits_per_weight: float,
+    *, method: str, statistics: Statistics, windows: Sequence[Sequence[int]], progress: Progress | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of least expected loss with at most `bits_per_weight`.
+
+    `fixed_bits`: what is stored beside the candidates; `parameters`: of all weights. Raises RecipeError if the target
+    is out of reach.
+    """
+    units = measure(checkpoint, candidates, method=method, statistics=statistics, windows=windows, progress=progress)
+    chosen = allocate(units, int(bits_per_weight * parameters) - fixed_bits)
+    return as_plan(units, chosen, fixed_bits, parameters)
+
+
+def as_plan(units: Sequence[Unit], chosen: Sequence[Option], fixed_bits: int, parameters: int) -> Plan:
+    """Options as a plan."""
+    total = fixed_bits + sum(o.bits for o in chosen)
+    pairs = list(zip(units, chosen, strict=True))
+    return Plan(total / parameters, {u.name: o.spec for u, o in pairs}, {u.name: o.loss for u, o in pairs})
+
+
+def measure(
+    checkpoint: Checkpoint, candidates: Sequence[Candidate], *, method: str, statistics: Statistics,
+    windows: Sequence[Sequence[int]], progress: Progress | None = None,
+) -> list[Unit]:  # fmt: skip
+    """Costs and expected losses of every option of every candidate."""
+    found = divergences(checkpoint, windows, {c.path: c.reference for c in candidates}, progress)
+    weights = read_weights(checkpoint, build(checkpoint.config, str(checkpoint.folder)))
+    units = []
+    for c in candidates:
+        options = c.encodings(c.path in found)
+        if not options:
+            raise RecipeError(f"{c.name}: its rows fit no group")
+        if len(options) == 1:
+            weights.pop(c.name, None)
+            losses = [0.0]
+        else:
+            losses = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method)
+        specs = (f"{e.bits}g{e.group_size}" for e in options)
+        bits = (bits_of(e, c.shape) for e in options)
+        units.append(Unit(c.name, math.prod(c.shape), tuple(map(Option, specs, bits, losses))))
+        mx.clear_cache()
+    return units
+
+
+def _losses(
+    c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str
+) -> list[float]:
+    importance = statistics.moments.get(c.path)
+    weight = None if importance is None else mx.array(importance)
+    w, weight = _sample(w, weight)
+    bits, group = c.reference
+    reference = _error(w, Encoding("affine", c.dtype, bits, group), "minmax", weight)
+    left = statistics.feedback.get(c.path, 1.0) if method == "gptq" and c.role == "expert" else 1.0
+    return [divergence * left * _error(w, e, "mse", weight) / max(reference, 1e-30) for e in options]
+
+
+def _sample(w: mx.array, weight: mx.array | None) -> tuple[mx.array, mx.array | None]:
+    """About `SAMPLE` weights: some experts, evenly spread, and some rows of each."""
+    if w.ndim == 3:
+        step = max(1, w.shape[0] // 8)
+        w, weight = w[::step], weight[::step] if weight is not None and weight.ndim == 2 else weight
+    step = max(1, w.size // SAMPLE)
+    w = mx.contiguous(w[..., ::step, :])
+    mx.eval(w)
+    return w, weight
+
+
+def _error(w: mx.array, encoding: Encoding, method: str, weight: mx.array | None) -> float:
+    codes, scales, biases = quantize(w, encoding, method, None if method == "minmax" else weight)
+    assert scales is not None
+    assert biases is not None
+    decoded = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32),
+                            group_size=encoding.group_size, bits=encoding.bits)  # fmt: skip
+    squares = mx.square(decoded - w.astype(mx.float32))
+    if weight is not None:
+        squares = squares * (weight[:, None, :] if weight.ndim == 2 else weight)
+    return float(mx.sum(squares))

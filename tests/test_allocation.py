@@ -1,0 +1,168 @@
+"""Allocation against brute force; plans through files; a whole file within its target."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import product
+from pathlib import Path
+
+import pytest
+from conftest import CommandLine
+
+import squizd
+from squizd import compression
+from squizd.allocation import Option, Plan, Unit, allocate, shuffled
+from squizd.checkpoint import open_checkpoint
+from squizd.errors import RecipeError
+from squizd.inspection import weight_size
+
+
+def units(seed: int, count: int) -> list[Unit]:
+    source = random.Random(seed)
+    found = []
+    for i in range(count):
+        size = source.choice([100, 1000, 5000])
+        scale = source.uniform(0.1, 10)
+        options = [Option(f"{b}g64", size * b, scale * 4.0**-b * source.uniform(0.8, 1.2)) for b in (2, 3, 4, 6)]
+        found.append(Unit(f"t{i}", size, tuple(options)))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_choice_within_the_budget_loses_less(seed: int) -> None:
+    some = units(seed, 6)
+    least, most = (sum(f(o.bits for o in u.options) for u in some) for f in (min, max))
+    for share in (0.0, 0.13, 0.5, 0.87, 1.0):
+        budget = int(least + share * (most - least))
+        chosen = allocate(some, budget)
+        assert sum(o.bits for o in chosen) <= budget
+        best = min(
+            sum(o.loss for o in c) for c in product(*(u.options for u in some)) if sum(o.bits for o in c) <= budget
+        )
+        assert sum(o.loss for o in chosen) == pytest.approx(best, rel=1e-9)
+
+
+def test_a_budget_far_above_the_granularity_is_nearly_exhausted() -> None:
+    some = [Unit(u.name, u.parameters * 10**7, tuple(Option(o.spec, o.bits * 10**7 + 12345, o.loss) for o in u.options))
+            for u in units(3, 40)]  # fmt: skip
+    parameters = sum(u.parameters for u in some)
+    chosen = allocate(some, int(3.5 * parameters))
+    assert 3.48 < sum(o.bits for o in chosen) / parameters <= 3.5
+
+
+def test_a_target_out_of_reach_is_an_error() -> None:
+    some = units(0, 3)
+    with pytest.raises(RecipeError, match="the smallest encodings take"):
+        allocate(some, sum(min(o.bits for o in u.options) for u in some) - 1)
+
+
+def test_the_control_has_the_same_encodings_and_size() -> None:
+    some = [Unit(f"t{i}", 100, u.options) for i, u in enumerate([units(1, 1)[0]] * 20)]
+    chosen = allocate(some, 20 * 100 * 3)
+    chosen[:3] = [some[0].options[0], some[0].options[3], some[0].options[2]]
+    dealt = shuffled(some, chosen, 5)
+    assert sorted(o.spec for o in dealt) == sorted(o.spec for o in chosen)
+    assert [o.spec for o in dealt] != [o.spec for o in chosen]
+    assert dealt == shuffled(some, chosen, 5)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tensors": {"a": 3}}', '{"tensors": [1]}'])
+def test_what_is_no_plan(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan").write_text(text)
+    with pytest.raises(RecipeError, match="holds no plan"):
+        Plan.load(tmp_path / "plan")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("The city was founded in the year of the fire. The river runs north. " * 40)
+    return path
+
+
+@pytest.mark.parametrize("target", [3.2, 4.5])
+def test_a_file_has_the_bits_that_were_asked_for_and_its_plan_can_be_replayed(
+    target: float, tiny: Path, text: Path, tmp_path: Path, cli: CommandLine
+) -> None:
+    options = ["--calibration", text, "--windows", "4", "--context", "24", "--statistics", tmp_path / "s"]
+    plan = tmp_path / "plan.json"
+    cli("compress", tiny, "-o", tmp_path / "a", *options, "--target-bpw", target, "--save-plan", plan).success()
+    with squizd.open(tmp_path / "a") as f:
+        assert target - 0.02 <= weight_size(f).bits_per_weight <= target
+        routers = [t for t, _ in f.residents.values() if t.role == "router"]
+        assert routers
+        assert all(t.encoding.bits >= 8 for t in routers)
+        others = [t for t, _ in f.residents.values() if t.encoding.mode == "affine"]
+        assert all(t.encoding.bits >= 5 for t in others)
+        encodings = {(x.path, t.name): str(t.encoding) for x in f.moe_layers
+                     for t in f.layouts[f.expert(x.layer, 0).layout].tensors}  # fmt: skip
+        assert len(set(encodings.values())) > 1
+        recipe = f.metadata["recipe"]
+    cli("compress", tiny, "-o", tmp_path / "b", *options, "--plan", plan).success()
+    with squizd.open(tmp_path / "b") as f:
+        assert f.metadata["recipe"]["overrides"] == recipe["overrides"]
+        for x in f.moe_layers:
+            for t in f.layouts[f.expert(x.layer, 0).layout].tensors:
+                assert encodings[x.path, t.name] == str(t.encoding)
+    _, tokenizer = squizd.load(tmp_path / "b", resident="50%")
+    assert tokenizer.encode("river")
+    facts = json.loads(plan.read_text())
+    changed = next(name for name in facts["tensors"] if "down_proj" in name)
+    facts["tensors"][changed] = "8g32"
+    plan.write_text(json.dumps(facts))
+    cli("compress", tiny, "-o", tmp_path / "c", *options, "--plan", plan).success()
+    with squizd.open(tmp_path / "c") as f:
+        path = changed.removesuffix(".down_proj.weight")
+        (layer,) = [x.layer for x in f.moe_layers if x.path == path]
+        found = {t.name: t.encoding for t in f.layouts[f.expert(layer, 0).layout].tensors}
+        assert (found["down_proj.weight"].bits, found["down_proj.weight"].group_size) == (8, 32)
+
+
+def test_a_plan_is_printed_without_a_file(tiny: Path, text: Path, tmp_path: Path, cli: CommandLine) -> None:
+    options = ["--calibration", text, "--windows", "4", "--context", "24"]
+    out = cli("compress", tiny, "-o", tmp_path / "a", *options, "--target-bpw", "4", "--plan-only").success().out
+    assert out.splitlines()[-1].endswith("bits per weight")
+    assert any("down_proj" in line for line in out.splitlines())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_size_is_kept(tiny: Path, text: Path, tmp_path: Path, cli: CommandLine) -> None:
+    options = ["--calibration", text, "--windows", "4", "--context", "24"]
+    size = 3_000_000
+    cli("compress", tiny, "-o", tmp_path / "a", *options, "--target-size", str(size)).success()
+    assert 0.75 * size < (tmp_path / "a").stat().st_size <= size
+
+
+def test_measured_divergence_is_that_of_the_model_with_one_tensor_rounded(tiny: Path, text: Path) -> None:
+    import mlx.core as mx
+    import numpy as np
+
+    from squizd import calibration, corpus
+    from squizd.evaluation import Subject
+    from squizd.sensitivity import divergences
+
+    checkpoint = open_checkpoint(tiny)
+    windows = calibration.windows_of(corpus.read(text), checkpoint, 24, 3, 0)
+    candidates, _, _ = compression.survey(checkpoint)
+    found = divergences(checkpoint, windows, {c.path: c.reference for c in candidates})
+    subject = Subject(str(tiny))
+
+    def log_probabilities() -> np.ndarray:
+        rows = [np.array(subject.model(mx.array([w]))[0]).astype(np.float64) for w in windows]
+        x = np.concatenate(rows)
+        x = x - x.max(axis=-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+    clean = log_probabilities()
+    modules = {path.replace(".inner", ""): m for path, m in subject.model.named_modules()}
+    some = [c for c in candidates if c.path in found and not c.path.endswith("embed_tokens")][::5]
+    for c in some:
+        module = modules[c.path]
+        exact, (bits, group) = module["weight"], c.reference
+        module["weight"] = mx.dequantize(*mx.quantize(exact, group_size=group, bits=bits), group_size=group, bits=bits)
+        other = log_probabilities()
+        module["weight"] = exact
+        expected = (np.exp(clean) * (clean - other)).sum(axis=-1).mean()
+        assert found[c.path] == pytest.approx(expected, rel=0.05, abs=2e-7), c.path
+    assert len(some) > 3

@@ -1,0 +1,227 @@
+"""Statistics against direct sums over mlx-lm's own forward pass, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import CommandLine
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+
+import squizd
+from squizd import calibration, corpus
+from squizd.calibration import PRIOR_TOKENS, Statistics, calibrate
+from squizd.checkpoint import open_checkpoint
+from squizd.errors import RecipeError, SourceError
+from squizd.evaluation import Subject
+from squizd.guide import Calibration
+from squizd.kernels import layers
+
+CONTEXT, COUNT = 24, 5
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("The city was founded in the year of the fire. The river runs north. " * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def statistics(tiny: Path, text: Path) -> Statistics:
+    return calibrate(open_checkpoint(tiny), corpus.read(text), context=CONTEXT, count=COUNT, seed=3)
+
+
+def direct(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[np.ndarray, ...]]]:
+    """Inputs of every linear layer, and (x, chosen, gates) of every expert module, in a plain pass through MLX."""
+    checkpoint = open_checkpoint(tiny)
+    windows = calibration.windows_of(corpus.read(text), checkpoint, CONTEXT, COUNT, 3)
+    model = Subject(str(tiny)).model
+    paths = {id(module): path.removesuffix(".inner").replace(".inner.", ".") for path, module in model.named_modules()}
+    seen: dict[str, list[tuple[np.ndarray, ...]]] = {}
+
+    def watch(kind: type, keep: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+        original = kind.__call__
+
+        def call(self: Any, *args: Any) -> Any:
+            found = keep(self, args)
+            seen.setdefault(paths[id(self)], []).append(tuple(np.array(x).astype(np.float64) for x in found))
+            return original(self, *args)
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+    for module in model.modules():  # the kernels change classes of modules: plain ones here
+        if isinstance(module, nn.Linear):
+            module.__class__ = nn.Linear
+        if isinstance(module, SwitchLinear):
+            module.__class__ = SwitchLinear
+        if isinstance(module, SwitchGLU):
+            module.__class__ = SwitchGLU
+    watch(nn.Linear, lambda self, args: (args[0].reshape(-1, args[0].shape[-1]),))
+    watch(SwitchGLU, lambda self, args: (args[0].reshape(-1, args[0].shape[-1]),
+                                         args[1].reshape(-1, args[1].shape[-1])))  # fmt: skip
+    with layers.switched_off():
+        for window in windows:
+            mx.eval(model(mx.array([window])))
+    return seen
+
+
+def test_moments_counts_and_gates_are_those_of_a_plain_pass(
+    tiny: Path, text: Path, statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = direct(tiny, text, monkeypatch)
+    weights: dict[str, mx.array] = {}
+    for shard in open_checkpoint(tiny).shards:
+        weights |= mx.load(str(shard))
+
+    def weight(name: str) -> np.ndarray:
+        return np.array(weights[name].astype(mx.float32)).astype(np.float64)
+
+    for path, parts in seen.items():
+        if path not in statistics.tokens:
+            x = np.concatenate([p[0] for p in parts])
+            np.testing.assert_allclose(statistics.moments[path], (x * x).mean(axis=0), rtol=1e-3, atol=1e-6)
+    checked = 0
+    for path, tokens in statistics.tokens.items():
+        x, chosen = (np.concatenate([p[i] for p in seen[path]]) for i in range(2))
+        assert tokens.sum() == chosen.size
+        np.testing.assert_array_equal(tokens, np.bincount(chosen.astype(int).reshape(-1), minlength=len(tokens)))
+        # The fixture's router: softmax over all experts, the chosen ones normalized to 1.
+        block = path.rpartition(".")[0]
+        logits = x @ weight(f"{block}.gate.weight").T
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        gates = np.take_along_axis(shares, chosen.astype(int), axis=-1)
+        gates /= gates.sum(axis=-1, keepdims=True)
+        mass, moment_in, moment_out = np.zeros(len(tokens)), [], []
+        squares = np.zeros(len(tokens))
+        for expert in range(len(tokens)):
+            rows, slots = np.nonzero(chosen == expert)
+            g = gates[rows, slots]
+            mass[expert], squares[expert] = g.sum(), (g * g).sum()
+            w = {p: weight(f"{block}.experts.{expert}.{p}.weight") for p in ("gate_proj", "up_proj")}
+            a, b = x[rows] @ w["gate_proj"].T, x[rows] @ w["up_proj"].T
+            hidden = a / (1 + np.exp(-a)) * b
+            moment_in.append(((x[rows] * g[:, None]) ** 2).sum(axis=0))
+            moment_out.append(((hidden * g[:, None]) ** 2).sum(axis=0))
+        np.testing.assert_allclose(statistics.mass[path], mass, rtol=1e-3, atol=1e-4)
+        prior = PRIOR_TOKENS * (gates**2).mean()
+        for projection, moment in (("up_proj", moment_in), ("gate_proj", moment_in), ("down_proj", moment_out)):
+            total = np.stack(moment)
+            expected = (total + prior * total.sum(axis=0) / squares.sum()) / (squares[:, None] + prior)
+            np.testing.assert_allclose(statistics.moments[f"{path}.{projection}"], expected, rtol=2e-3, atol=1e-7)
+            never = tokens == 0
+            if never.any():  # an expert that no token reached has its layer's statistics
+                layer = total.sum(axis=0) / squares.sum()
+                np.testing.assert_allclose(
+                    statistics.moments[f"{path}.{projection}"][never],
+                    np.broadcast_to(layer, (never.sum(), layer.size)),
+                    rtol=2e-3,
+                    atol=1e-7,
+                )
+        checked += 1
+    assert checked == len(statistics.tokens) > 0
+
+
+def test_hessians_are_sums_of_products(tiny: Path, text: Path, statistics: Statistics) -> None:
+    checkpoint = open_checkpoint(tiny)
+    windows = calibration.windows_of(corpus.read(text), checkpoint, CONTEXT, COUNT, 3)
+    for inputs in calibration.expert_inputs(checkpoint, windows):
+        assert inputs.path in statistics.tokens
+        busiest = int(np.argmax(statistics.tokens[inputs.path]))
+        for projection in ("up_proj", "down_proj"):
+            (h,) = inputs.hessians(projection, [busiest])
+            x, g = (np.array(part).astype(np.float64) for part in inputs.of(busiest, projection))
+            np.testing.assert_allclose(h, (x * (g * g)[:, None]).T @ x, rtol=1e-3, atol=1e-5)
+            layer = inputs.layer_hessian(projection)
+            total = sum(inputs.hessians(projection, [e])[0] for e in range(inputs.count))
+            np.testing.assert_allclose(layer * (inputs.gates**2).sum(), total, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(inputs.gates.sum(axis=-1), 1, rtol=1e-4)
+
+
+def test_statistics_are_the_same_again_and_through_a_file(
+    tiny: Path, text: Path, statistics: Statistics, tmp_path: Path
+) -> None:
+    again = calibrate(open_checkpoint(tiny), corpus.read(text), context=CONTEXT, count=COUNT, seed=3)
+    assert again.digest() == statistics.digest()
+    statistics.save(tmp_path / "s.npz")
+    assert Statistics.load(tmp_path / "s.npz").digest() == statistics.digest()
+    other = calibrate(open_checkpoint(tiny), corpus.read(text), context=CONTEXT, count=COUNT, seed=4)
+    assert other.digest() != statistics.digest()
+    (tmp_path / "s.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(SourceError, match="no calibration statistics"):
+        Statistics.load(tmp_path / "s.npz")
+
+
+def test_text_and_statistics_make_a_file_with_provenance(
+    tiny: Path, text: Path, tmp_path: Path, cli: CommandLine
+) -> None:
+    options = ["--calibration", text, "--windows", "4", "--context", "24", "--recipe", "int2"]
+    kept = tmp_path / "s.npz"
+    cli("compress", tiny, "-o", tmp_path / "a", *options, "--statistics", kept).success()
+    again = cli("compress", tiny, "-o", tmp_path / "b", "--recipe", "int2", "--statistics", kept).success()
+    assert again.out
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    cli("compress", tiny, "-o", tmp_path / "c", "--recipe", "int2").success()
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
+    with squizd.open(tmp_path / "a") as f:
+        found = f.metadata["provenance"]["calibration"]
+    read = corpus.read(text)
+    assert (found["sha256"], found["size"], found["windows"]) == (read.sha256, read.size, 4)
+    assert squizd.validate(tmp_path / "a", deep=True).ok
+    other = tmp_path / "other.txt"
+    other.write_text("Something else entirely, again and again. " * 30)
+    refused = cli("compress", tiny, "-o", tmp_path / "d", *options, "--calibration", other, "--statistics", kept)
+    assert "made from other text" in refused.failure()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00binary", b"Too few words.", b'{"text": 1}'])
+@pytest.mark.parametrize("quantizer", ["mse", "gptq"])
+def test_bad_text_is_a_clear_error_and_nothing_is_written(
+    content: bytes, quantizer: str, tiny: Path, tmp_path: Path, cli: CommandLine
+) -> None:
+    path = tmp_path / ("x.jsonl" if content.startswith(b"{") else "x.txt")
+    path.write_bytes(content)
+    outcome = cli("compress", tiny, "-o", tmp_path / "out", "--calibration", path, "--quantizer", quantizer,
+                  "--statistics", tmp_path / "s")  # fmt: skip
+    assert path.name in outcome.failure()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_does_not_go_together(tiny: Path, text: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"quantizer": "gptq"}, "needs calibration text"),
+        ({"quantizer": "minmax", "calibration": text}, "no use for calibration"),
+        ({"target_bpw": 4.0}, "needs calibration text"),
+        ({"target_bpw": 4.0, "plan": "x", "calibration": text}, "contradict"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            squizd.compress(tiny, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_gptq_killed_between_records_resumes_to_the_same_bytes(tiny: Path, text: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    options: dict[str, Any] = {"quantizer": "gptq", "recipe": "int3", "calibration": Calibration(text, 4, 24)}
+    whole = squizd.compress(tiny, tmp_path / "whole", **options)
+    assert whole.resumed == 0
+    for share in (0.1, 0.6, 0.95):
+
+        def progress(done: int, total: int, share: float = share) -> None:
+            if done >= share * total:
+                raise Stop
+
+        with pytest.raises(Stop):
+            squizd.compress(tiny, tmp_path / "x", progress=progress, **options)
+    resumed = squizd.compress(tiny, tmp_path / "x", **options)
+    assert resumed.resumed > 0
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+    with squizd.open(tmp_path / "x") as f:
+        assert json.loads(json.dumps(f.metadata["recipe"]))["quantizer"] == "gptq"

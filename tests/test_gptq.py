@@ -1,0 +1,151 @@
+"""gptq against a naive float64 implementation, and the properties that it promises."""
+
+from __future__ import annotations
+
+import importlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from squizd.container.layout import Encoding
+from squizd.errors import RecipeError
+from squizd.quantizers import quantize
+
+module = importlib.import_module("squizd.quantizers.gptq")  # the package has the function under that name
+
+
+def problem(stack: int, out: int, width: int, seed: int = 0) -> tuple[mx.array, mx.array]:
+    """Weights, and Hessians of inputs with very unequal and correlated channels."""
+    source = np.random.default_rng(seed)
+    w = source.normal(size=(stack, out, width))
+    mix = source.normal(size=(stack, width, width)) / width**0.5 + np.eye(width)
+    x = source.normal(size=(stack, 3 * width, width)) * np.exp(source.normal(size=(stack, 1, width))) @ mix
+    h = np.swapaxes(x, 1, 2) @ x
+    return mx.array(w.astype(np.float32)).astype(mx.bfloat16), mx.array(h.astype(np.float32))
+
+
+def decode(parts: tuple[mx.array, mx.array | None, mx.array | None], e: Encoding) -> np.ndarray:
+    codes, scales, biases = parts
+    assert scales is not None
+    assert biases is not None
+    return np.array(mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32),
+                                  group_size=e.group_size, bits=e.bits)).astype(np.float64)  # fmt: skip
+
+
+def output_error(w: mx.array, decoded: np.ndarray, h: mx.array) -> np.ndarray:
+    d = decoded - np.array(w.astype(mx.float32)).astype(np.float64)
+    return np.einsum("eoi,eij,eoj->e", d, np.array(h).astype(np.float64), d)
+
+
+def naive(w: np.ndarray, h: np.ndarray, order: np.ndarray, scale: np.ndarray, bias: np.ndarray, top: int) -> np.ndarray:
+    """Algorithm 1 of arXiv:2210.17323 on one matrix [out, in], by the inverse Hessian; grids [out, in] by column."""
+    w, inverse = w.copy(), np.linalg.inv(h)
+    decoded = np.zeros_like(w)
+    left = list(order)
+    for j in order:
+        code = np.clip(np.round((w[:, j] - bias[:, j]) / scale[:, j]), 0, top)
+        decoded[:, j] = code * scale[:, j] + bias[:, j]
+        error = (w[:, j] - decoded[:, j]) / inverse[j, j]
+        left.remove(j)
+        w[:, left] -= error[:, None] * inverse[j, left]
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]  # j leaves the problem
+    return decoded
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 32)])
+def test_codes_are_those_of_the_naive_algorithm_on_the_same_grids(
+    bits: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REFITS", 0)
+    w, h = problem(2, 24, 128)
+    e = Encoding("affine", "bf16", bits, group)
+    parts = quantize(w, e, "gptq", h)
+    scales, biases = (np.repeat(np.array(p.astype(mx.float32)), group, axis=-1) for p in parts[1:] if p is not None)
+    h64 = module._damped(np.array(h).astype(np.float64))
+    order = module._order(np.einsum("eii->ei", h64), group)
+    found = decode(parts, e)
+    w64 = np.array(w.astype(mx.float32)).astype(np.float64)
+    for i in range(2):
+        wanted = naive(
+            w64[i], h64[i], order[i], scales[i].astype(np.float64), biases[i].astype(np.float64), 2**bits - 1
+        )
+        # float32 decides a few ties differently, and what follows in those rows differs with them
+        rows = np.isclose(found[i], wanted, atol=1e-5).all(axis=1)
+        assert rows.mean() > 0.9
+        np.testing.assert_allclose(
+            output_error(w[i : i + 1], found[i : i + 1], h[i : i + 1]),
+            output_error(w[i : i + 1], wanted[None], h[i : i + 1]), rtol=0.02,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_it_leaves_much_less_output_error_than_a_weighted_fit(bits: int) -> None:
+    w, h = problem(3, 64, 256)
+    e = Encoding("affine", "bf16", bits, 64)
+    importance = mx.diagonal(h, axis1=1, axis2=2)
+    errors = {m: output_error(w, decode(quantize(w, e, m, i), e), h)
+              for m, i in (("minmax", None), ("mse", importance), ("gptq", h))}  # fmt: skip
+    assert (errors["gptq"] < 0.6 * errors["mse"]).all()
+    assert (errors["gptq"] < 0.5 * errors["minmax"]).all()
+
+
+def test_refitted_grids_never_make_a_row_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = problem(2, 32, 128)
+    e = Encoding("affine", "bf16", 3, 64)
+    refitted = output_error(w, decode(quantize(w, e, "gptq", h), e), h)
+    monkeypatch.setattr(module, "REFITS", 0)
+    assert (refitted < output_error(w, decode(quantize(w, e, "gptq", h), e), h)).all()
+
+
+def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:
+    w, _ = problem(2, 16, 64)
+    e = Encoding("affine", "bf16", 4, 32)
+    h = mx.broadcast_to(mx.eye(64), (2, 64, 64))
+    plain = output_error(w, decode(quantize(w, e, "mse"), e), h)
+    np.testing.assert_allclose(output_error(w, decode(quantize(w, e, "gptq", h), e), h), plain, rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["zero", "one input", "huge", "dead channels"])
+def test_degenerate_hessians(kind: str) -> None:
+    w, h = problem(2, 16, 64)
+    match kind:
+        case "zero":
+            h = mx.zeros_like(h)
+        case "one input":
+            x = mx.random.normal((2, 64, 1), key=mx.random.key(1))
+            h = x @ mx.swapaxes(x, 1, 2)
+        case "huge":
+            h = h * 1e25
+        case "dead channels":
+            live = (mx.arange(64) % 4 > 0).astype(mx.float32)
+            h = h * live * live[:, None]
+    e = Encoding("affine", "bf16", 4, 32)
+    decoded = decode(quantize(w, e, "gptq", h), e)
+    assert np.isfinite(decoded).all()
+    assert np.abs(decoded - np.array(w.astype(mx.float32))).max() < 2
+
+
+def test_constant_rows_stay_exact_and_results_repeat() -> None:
+    w, h = problem(1, 8, 64)
+    w = mx.concatenate([mx.zeros((1, 4, 64)).astype(mx.bfloat16), w], axis=1)
+    e = Encoding("affine", "bf16", 4, 32)
+    first, second = quantize(w, e, "gptq", h), quantize(w, e, "gptq", h)
+    assert not decode(first, e)[0, :4].any()
+    for a, b in zip(first, second, strict=True):
+        assert a is not None
+        assert b is not None
+        assert bool(mx.all(a == b))
+
+
+def test_what_it_refuses() -> None:
+    w, h = problem(2, 8, 64)
+    e = Encoding("affine", "bf16", 4, 32)
+    with pytest.raises(RecipeError, match="needs the products"):
+        quantize(w, e, "gptq")
+    with pytest.raises(RecipeError, match="shape"):
+        quantize(w, e, "gptq", h[:1])
+    with pytest.raises(RecipeError, match="NaN"):
+        quantize(w, e, "gptq", h * float("nan"))
+    with pytest.raises(RecipeError, match="affine"):
+        quantize(w, Encoding("mxfp4", "bf16", 4, 32), "gptq", h)
