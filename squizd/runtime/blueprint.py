@@ -68,17 +68,6 @@ class Blueprint:
     residents: tuple[Resident, ...]
     layers: tuple[ExpertLayer, ...]
 
-    def replace(self, path: str, module: nn.Module) -> None:
-        """Put `module` where `path` is."""
-        at, _, leaf = path.rpartition(".")
-        parent: Any = self.model
-        for piece in at.split(".") if at else ():
-            parent = parent[int(piece)] if isinstance(parent, list) else getattr(parent, piece)
-        if isinstance(parent, list):
-            parent[int(leaf)] = module
-        else:
-            setattr(parent, leaf, module)
-
 
 def fill(module: nn.Module, arrays: Iterable[tuple[str, mx.array]]) -> None:
     """Give the named parameters of `module` these arrays."""

@@ -12,6 +12,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from .io import Bytes
 _HOST_TO_DEVICE, _NON_BLOCKING = 1, 1
 
 
+@cache
 def _library() -> ctypes.CDLL | None:
     for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
         try:
@@ -37,11 +39,6 @@ class Uploads(threading.local):
         self._cuda = _library()
         self._buffer: Bytes = np.empty(0, np.uint8)
         self._stream = ctypes.c_void_p()
-
-    @property
-    def possible(self) -> bool:
-        """Whether the CUDA runtime was found."""
-        return self._cuda is not None
 
     def _check(self, code: int) -> None:
         if code:
@@ -80,3 +77,9 @@ class Uploads(threading.local):
                 )
             )
         self._check(self._cuda.cudaStreamSynchronize(self._stream))
+
+
+@cache
+def uploads() -> Uploads | None:
+    """The way to the GPU that all models share, or None if the CUDA runtime cannot be found."""
+    return Uploads() if _library() else None

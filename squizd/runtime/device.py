@@ -56,12 +56,10 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
     return array, view
 
 
-_uploads = cuda.Uploads()
-
-
 def uploads() -> Row | None:
     """How bytes get into an array's rows where writing to its view is slow; None where it is not."""
-    return _uploads.row if on_cuda() and _uploads.possible else None
+    found = cuda.uploads() if on_cuda() else None
+    return found.row if found else None
 
 
 def accelerate(model: nn.Module, lending: Lending | None = None) -> Replay | None:

@@ -17,6 +17,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import container
+from ..architecture import replace_module
 from ..container.layout import RAW
 from ..container.reader import File
 from ..errors import ReadError, RequestError, SourceError
@@ -268,7 +269,7 @@ def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pag
     fill(layer.module, arrays)
     slots = Slots(pager, layer.layer, views, layer.scatters, policy, row=device.uploads())
     if count < layer.layer.expert_count:
-        blueprint.replace(layer.layer.path, PagedSwitch(layer.module, slots))
+        replace_module(blueprint.model, layer.layer.path, PagedSwitch(layer.module, slots))
         return True
     slots.acquire(range(count))  # empty slots are handed out in order
     return False

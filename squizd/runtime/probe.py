@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..architecture import replace_module
 from ..errors import SourceError
 from .blueprint import Blueprint
 from .budget import Workspace
@@ -77,7 +78,7 @@ def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
     """
     recorders = [_Recorder(layer.module) for layer in blueprint.layers]
     for layer, recorder in zip(blueprint.layers, recorders, strict=True):
-        blueprint.replace(layer.layer.path, recorder)
+        replace_module(blueprint.model, layer.layer.path, recorder)
     model: Any = blueprint.model
     tokens = mx.zeros((1, _STEP), mx.int32)
     try:
@@ -91,7 +92,7 @@ def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
         raise SourceError(f"{where}: mlx-lm cannot run {config.get('model_type')} as stored: {error}") from error
     finally:
         for layer in blueprint.layers:
-            blueprint.replace(layer.layer.path, layer.module)
+            replace_module(blueprint.model, layer.layer.path, layer.module)
     caches = [
         CacheGrowth(a, b, window if isinstance(window := getattr(entry, "max_size", None), int) else None)
         for a, b, entry in zip(first, second, entries, strict=True)
