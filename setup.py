@@ -30,6 +30,7 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)  # of an earlier build in this folder, perhaps for another MLX
         try:
+            build.build_transfer(target.parent)
             build.build(target.parent)
         except (build.BuildError, OSError) as error:
             self.warn(f"squizd is installed without its kernels: {error}")

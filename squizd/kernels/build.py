@@ -22,6 +22,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
 FILE = "_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
+TRANSFER = Path(__file__).parent / "_transfer.so"  # needs neither Python nor MLX
 _OLDEST = (0, 32)  # MLX, as in pyproject.toml
 _COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-pthread"]
 # One object per instruction set. No contraction: every fused multiply-add is written as one.
@@ -130,6 +131,17 @@ def build(target: Path) -> Path:
         return partial.replace(target / FILE)
 
 
+def build_transfer(target: Path) -> Path:
+    """Compile what fills a GPU's memory into the folder `target`; returns the file. Raises BuildError."""
+    if sys.platform != "linux":
+        raise BuildError("transfers are for CUDA on Linux; elsewhere memory is shared")
+    flags = ["-static-libstdc++", "-static-libgcc", "-Wl,-s", "-shared", f'-DSQUIZD_SOURCES="{sources_digest()}"']
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / (TRANSFER.name + ".partial")
+    _run([*find_compiler(), *_COMMON, *flags, str(SOURCES / "transfer.cpp"), "-o", str(partial), "-ldl"])
+    return partial.replace(target / TRANSFER.name)
+
+
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -143,6 +155,7 @@ def _run(command: list[str]) -> None:
 def main() -> None:
     """Compile beside this file."""
     try:
+        build_transfer(Path(__file__).parent)
         file = build(Path(__file__).parent)
     except (BuildError, OSError) as error:
         print(f"squizd: the kernels were not built: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +20,10 @@ from .. import kernels
 from ..backend import on_cpu, on_cuda
 from ..kernels import layers, replay
 from ..kernels.replay import Replay
-from . import cuda
+from . import transfer as transfers
 from .io import Bytes
 from .lending import Lending
-from .pager import Row
+from .transfer import Transfer, cuda_library
 
 _TYPES: Final = {
     "f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16,
@@ -56,10 +57,36 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
     return array, view
 
 
-def uploads() -> Row | None:
-    """How bytes get into an array's rows where writing to its view is slow; None where it is not."""
-    found = cuda.uploads() if on_cuda() else None
-    return found.row if found else None
+def transfer(record_bytes: int) -> Transfer | None:
+    """What fills expert slots, records of up to `record_bytes`, where writing to an array's view is slow."""
+    return Transfer(record_bytes, cuda_library()) if on_cuda() and cuda_library() and not transfers.missing() else None
+
+
+def drafts(views: Sequence[Bytes]) -> Sequence[Bytes]:
+    """Where to put what is meant for `views`: there, or in buffers that `publish` takes from."""
+    return [np.empty_like(view) for view in views] if on_cuda() and cuda_library() else views
+
+
+def publish(written: Sequence[Bytes], views: Sequence[Bytes]) -> None:
+    """Move what was written to `drafts(views)` to `views`. OSError if the GPU cannot."""
+    for source, target in zip(written, views, strict=True):
+        if source is not target:
+            transfers.copy(target, source)
+
+
+def defers() -> bool:
+    """Whether waiting late for routers pays: where computing is asynchronous to the host."""
+    return not on_cpu()
+
+
+def small_mail() -> bool:
+    """Whether only small arrays can be shared with the host for nothing: see `mailbox`."""
+    return on_cuda()
+
+
+def fuses() -> bool:
+    """Whether one product of twice the rows is faster than two."""
+    return not on_cpu()
 
 
 def accelerate(model: nn.Module, lending: Lending | None = None) -> Replay | None:
@@ -81,7 +108,8 @@ def scratch_bytes() -> int:
 def arithmetic() -> str:
     """What computes on this device, for a statistics line; the reason where squizd's kernels could and do not."""
     if sys.platform != "linux" or not on_cpu():
-        return "MLX"
+        slow = transfers.missing() if on_cuda() else ""
+        return f"MLX; experts are copied slowly: {slow}" if slow else "MLX"
     reason = kernels.missing()
     return f"MLX: {reason}" if reason else kernels.describe()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -25,6 +26,9 @@ from ..kernels.replay import Replay
 from . import device
 from .blueprint import Blueprint, ExpertLayer, Resident, draw, fill
 from .budget import Budget, Demand, LayerDemand, make_budget, parse_share, parse_size
+from .deferral import Deferral
+from .deferral import install as install_deferral
+from .fused import BOTH, GATE, UP, FusedSwitchGLU, fusable
 from .io import Bytes
 from .lending import Lending
 from .pager import READERS, Pager, Slots, Stats
@@ -43,13 +47,20 @@ class Residency:
 
     Attributes: `file` (the open container), `budget` (bytes by purpose, slots per layer), `paged_layers`
     (expert layers with fewer slots than experts; 0: the graph is mlx-lm's own), `replay` (how squizd's kernels
-    compute single tokens, where there are kernels).
+    compute single tokens, where there are kernels), `deferral` (how single tokens wait for routers on GPUs).
     """
 
     def __init__(
-        self, file: File, budget: Budget, pager: Pager, paged_layers: int, replay: Replay | None = None
+        self,
+        file: File,
+        budget: Budget,
+        pager: Pager,
+        paged_layers: int,
+        replay: Replay | None = None,
+        deferral: Deferral | None = None,
     ) -> None:
         self.file, self.budget, self.paged_layers, self.replay = file, budget, paged_layers, replay
+        self.deferral = deferral
         self._pager = pager
 
     @property
@@ -158,6 +169,7 @@ def load_model(
         tokens = context or _default_context(needs, limit)
         demand = _demand(blueprint, needs, file, profile)
         budget = make_budget(demand, tokens, memory=limit, share=share, available=device.available_memory())
+        pager.transfer = device.transfer(_largest_record(file))
         device.limit_buffer_cache(budget.workspace // 5)
         _load_residents(blueprint, file)
         policies = _policies(file, profile)
@@ -166,16 +178,35 @@ def load_model(
             for x, n, policy in zip(blueprint.layers, budget.slots, policies, strict=True)
         ]
         mx.eval(list(_arrays(blueprint.model)))
-        lending = Lending(pager, [m for m in blueprint.model.modules() if isinstance(m, PagedSwitch)])
-        replay = device.accelerate(blueprint.model, lending)
+        switches = [m for m in blueprint.model.modules() if isinstance(m, PagedSwitch)]
+        replay = device.accelerate(blueprint.model, Lending(pager, switches))
+        deferral = _defer(blueprint, pager, needs) if switches and device.defers() else None
         pager.stats = Stats()
-        if profile is not None and device.uploads() is None:  # uploads are untried beside a running model
+        if profile is not None and pager.transfer is None:  # a transfer is untried beside a running model
             _warm(blueprint, pager, profile)
     except BaseException:
         pager.close()
         raise
-    blueprint.model.squizd = Residency(file, budget, pager, sum(paged), replay)
+    blueprint.model.squizd = Residency(file, budget, pager, sum(paged), replay, deferral)
     return blueprint.model
+
+
+def _largest_record(file: File) -> int:
+    """Stored bytes of the largest expert; 0 without experts."""
+    layers = file.moe_layers
+    return max((file.expert(x.layer, e).stored_size for x in layers for e in range(x.expert_count)), default=0)
+
+
+def _defer(blueprint: Blueprint, pager: Pager, needs: Needs) -> Deferral:
+    """Let single tokens wait for their routers late."""
+    deferral = Deferral(pager)
+    modules = dict(blueprint.model.named_modules())
+    for layer, k in zip(blueprint.layers, needs.top_k, strict=True):
+        module = modules[layer.layer.path]
+        if isinstance(module, PagedSwitch):
+            module.defer_to(deferral, k, device.small_mail())
+    install_deferral(blueprint.model, deferral)
+    return deferral
 
 
 def _default_context(needs: Needs, limit: int | None) -> int:
@@ -243,12 +274,14 @@ def _load_residents(blueprint: Blueprint, file: File) -> None:
         jobs.append((resident, views))
 
     def read(job: tuple[Resident, list[Bytes]]) -> None:
-        resident, views = job
+        resident, places = job
+        views = device.drafts(places)
         try:
             resident.scatter.read(file, resident.record, views)
         except ReadError as error:
             where = f"{file.path}: {resident.tensor.name} at byte {resident.record.offset}"
             raise ReadError(f"{where}: {error}", hint="the file is damaged; fetch it again") from error
+        device.publish(views, places)
 
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(read, [job for job in jobs if job[0].record.codec == RAW]):
@@ -261,15 +294,29 @@ def _load_residents(blueprint: Blueprint, file: File) -> None:
 
 def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pager, policy: Fading) -> bool:
     """Give an expert module its slots. True if it is paged; else every expert is read into its own row now."""
-    arrays, views = [], []
+    module, arrays = layer.module, []
+    views: dict[str, Bytes] = {}
+    fused = device.fuses() and fusable(module)
     for target in layer.targets:
-        array, view = device.allocate((count, *target.shape), target.dtype)
-        arrays.append((target.name, array))
-        views.append(view)
-    fill(layer.module, arrays)
-    slots = Slots(pager, layer.layer, views, layer.scatters, policy, row=device.uploads())
+        if target.name in views:
+            continue
+        shape, name, twin = target.shape, target.name, ""
+        if fused and name.startswith((GATE, UP)):
+            leaf = name.partition(".")[2]
+            shape, name, twin = (2 * shape[0], *shape[1:]), BOTH + leaf, leaf
+        array, view = device.allocate((count, *shape), target.dtype)
+        arrays.append((name, array))
+        if twin:
+            views[GATE + twin], views[UP + twin] = np.split(view, 2, axis=1)
+        else:
+            views[name] = view
+    if fused:
+        module = FusedSwitchGLU(module)
+        replace_module(blueprint.model, layer.layer.path, module)
+    fill(module, arrays)
+    slots = Slots(pager, layer.layer, [views[t.name] for t in layer.targets], layer.scatters, policy)
     if count < layer.layer.expert_count:
-        replace_module(blueprint.model, layer.layer.path, PagedSwitch(layer.module, slots))
+        replace_module(blueprint.model, layer.layer.path, PagedSwitch(module, slots))
         return True
     slots.acquire(range(count))  # empty slots are handed out in order
     return False

@@ -10,18 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..container.layout import MoeLayer, Record
+from ..container.layout import RAW, MoeLayer, Record
 from ..container.reader import File
 from ..errors import ExpertReadError, ReadError, RequestError
 from .io import Bytes, Scatter
 from .policy import Fading, Policy
-
-# Where the bytes of a slot are put: buffers for one row of each bank, moved there when the block ends without an error.
-Row = Callable[[Sequence[Bytes], int], AbstractContextManager[list[Bytes]]]
+from .transfer import Transfer
 
 READERS = 4  # threads; on a 2-core VM eight gave no more than four
 INLINE_BYTES = 1 << 18  # below this, handing reads to threads costs more than reading
@@ -68,6 +65,8 @@ class Pager:
         self.stats = Stats()
         self.borrower: Borrower | None = None
         self.warmer: Background | None = None
+        self.transfer: Transfer | None = None  # how slots are filled where the host cannot write them fast
+        self.shelves: dict[int, Slots] = {}  # by the transfer's handle
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(readers, thread_name_prefix="squizd-read")
 
     def run(self, jobs: Sequence[Callable[[], None]], total_bytes: int) -> list[BaseException | None]:
@@ -85,6 +84,13 @@ class Pager:
                     future.cancel()
                 wait(futures)
         return errors
+
+    def settle(self) -> None:
+        """Wait until all that was read is verified. Raises ExpertReadError for the first record that is damaged, its slot empty."""
+        failed = self.transfer.settle() if self.transfer is not None else []
+        errors = [self.shelves[shelf].reject(expert, reason) for shelf, expert, reason in failed]
+        if errors:
+            raise errors[0]
 
     def stop_warming(self) -> None:
         """End what reads in the background, if something does."""
@@ -113,6 +119,8 @@ class Pager:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=False)
+        if self.transfer is not None:
+            self.transfer.close()
         self.file.close()
 
 
@@ -120,8 +128,7 @@ class Slots:
     """The experts of one layer that are in memory.
 
     `banks` has one array of bytes [slots, bytes of the part in use] for each part of the layer's
-    records; `row` says how bytes get into a row of them, if not by writing there; `scatters` says per
-    shard-layout id how a record fills one row of each.
+    records; `scatters` says per shard-layout id how a record fills one row of each.
     """
 
     def __init__(
@@ -131,17 +138,23 @@ class Slots:
         banks: Sequence[Bytes],
         scatters: dict[int, Scatter],
         policy: Policy | None = None,
-        row: Row | None = None,
     ) -> None:
-        self._row = row or _in_place
         self.layer, self.pager, self.banks = layer, pager, tuple(banks)
         self.count = len(banks[0])
-        self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified
+        self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified, or will be by `Pager.settle`
         self.policy: Policy = Fading(layer.expert_count) if policy is None else policy
         self._free = list(range(self.count))[::-1]
         self.shelf: Any = None  # the native counterpart, where there is one: see `lending`
         self.scatters = scatters
         self.records = [pager.file.expert(layer.layer, e) for e in range(layer.expert_count)]
+        self._shelf_handle: int | None = None
+        layouts = {record.layout for record in self.records}
+        parts = scatters[layouts.pop()].parts
+        raw = not layouts and all(record.codec == RAW for record in self.records)
+        if pager.transfer is not None and raw and not any(part.widen for part in parts):
+            destinations = list(zip(parts, self.banks, strict=True))
+            self._shelf_handle = pager.transfer.shelf(pager.file.fileno(), destinations, self.records)
+            pager.shelves[self._shelf_handle] = self
 
     def check(self, lowest: int, highest: int) -> None:
         """RequestError unless both are experts of this layer."""
@@ -174,10 +187,11 @@ class Slots:
             self.policy.use(expert)
         self.pager.stats.hits += len(experts)
 
-    def acquire(self, experts: Sequence[int], keep: Collection[int] = ()) -> None:
+    def acquire(self, experts: Sequence[int], keep: Collection[int] = (), verified: bool = True) -> None:
         """Make distinct valid `experts`, at most `count` with `keep`, resident: `slot_of` has them all afterwards.
 
-        Evicts neither them nor `keep`. Raises ExpertReadError for the first that cannot be read; what
+        Evicts neither them nor `keep`. If not `verified`, the caller must call `Pager.settle` before it lets anybody
+        see what was computed from them. Raises ExpertReadError for the first that cannot be read; what
         was read beside it stays, its own slot is empty, and the next call may try again.
         """
         slot_of, stats = self.slot_of, self.pager.stats
@@ -190,6 +204,8 @@ class Slots:
         for expert in self._bring(missing, {*hits, *keep}):
             stats.misses += 1
             stats.bytes_read += self.records[expert].stored_size
+        if verified:
+            self.pager.settle()
         stats.read_seconds += time.perf_counter() - began
 
     def fill(self, experts: Sequence[int]) -> None:
@@ -200,6 +216,7 @@ class Slots:
         missing = [e for e in experts if e not in self.slot_of][: len(self._free)]
         for expert in self._bring(missing, ()):
             self.pager.stats.bytes_warmed += self.records[expert].stored_size
+        self.pager.settle()
 
     def _bring(self, missing: Sequence[int], kept: Collection[int]) -> Iterator[int]:
         """Read `missing` experts into slots, yielding those that were read; then raises the first error."""
@@ -209,10 +226,7 @@ class Slots:
         try:
             for expert in missing:
                 taken.append((expert, self._take(kept)))
-            errors = self.pager.run(
-                [lambda e=e, s=s: self._read(e, s) for e, s in taken],  # type: ignore[misc]
-                sum(self.records[e].stored_size for e in missing),
-            )
+            errors = self._read_all(taken)
             for (expert, slot), error in zip(taken, errors, strict=True):
                 if error is None:
                     slot_of[expert] = slot
@@ -233,18 +247,35 @@ class Slots:
         self.pager.stats.evictions += 1
         return self.slot_of.pop(victim)
 
+    def reject(self, expert: int, reason: str) -> ExpertReadError:
+        """What was read of `expert` is no good: its slot is empty again. Returns the error that says so."""
+        slot = self.slot_of.pop(expert, None)
+        if slot is not None:
+            self.policy.evict(set(self.slot_of))
+            self._free.append(slot)
+        return self._error(expert, reason)
+
+    def _read_all(self, taken: Sequence[tuple[int, int]]) -> Sequence[BaseException | None]:
+        transfer = self.pager.transfer
+        if transfer is not None and self._shelf_handle is not None:
+            if self.pager.closed:
+                raise ReadError(f"{self.pager.file.path}: the model is closed")
+            reasons = transfer.fetch(self._shelf_handle, taken)
+            return [self._error(e, why) if why else None for (e, _), why in zip(taken, reasons, strict=True)]
+        return self.pager.run(
+            [lambda e=e, s=s: self._read(e, s) for e, s in taken],  # type: ignore[misc]
+            sum(self.records[e].stored_size for e, _ in taken),
+        )
+
     def _read(self, expert: int, slot: int) -> None:
         record: Record = self.records[expert]
         try:
-            with self._row(self.banks, slot) as parts:
-                self.scatters[record.layout].read(self.pager.file, record, parts)
+            self.scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
         except ReadError as error:
-            raise ExpertReadError(self.pager.file.path, self.layer.layer, expert, record.offset, str(error)) from error
+            raise self._error(expert, str(error)) from error
 
-
-@contextmanager
-def _in_place(banks: Sequence[Bytes], slot: int) -> Iterator[list[Bytes]]:
-    yield [bank[slot] for bank in banks]
+    def _error(self, expert: int, reason: str) -> ExpertReadError:
+        return ExpertReadError(self.pager.file.path, self.layer.layer, expert, self.records[expert].offset, reason)
 
 
 def _attempt(job: Callable[[], None]) -> BaseException | None:

@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels import replay
+from .deferral import Deferral
+from .mailbox import Mailbox, Post
 from .pager import Slots
 
 KEPT_BYTES = 1 << 18  # a larger result is waited for at once, so that it need not be kept
@@ -38,6 +40,9 @@ class _Paging:
         self.lock = threading.Lock()
         self.last: mx.array | None = None  # the previous result, if it may still be in flight
         self.called = False
+        self.deferral: Deferral | None = None
+        self.post = Post(slots.layer.expert_count, small=False)
+        self.mailbox: Mailbox | None = None
 
 
 class PagedSwitch(nn.Module):
@@ -57,12 +62,50 @@ class PagedSwitch(nn.Module):
         paging = self._paging
         if replay.tracing():
             return self._inner(x, replay.placed(indices, paging.slots.shelf))
+        if paging.deferral is not None:
+            return self._deferred(paging.deferral, x, indices)
         while True:
             paging.slots.pager.reclaim()
             with paging.lock:
                 paging.called = True
                 if paging.slots.pager.borrower is None:  # another thread may have lent them again
                     return self._call(paging, x, indices)
+
+    def _deferred(self, deferral: Deferral, x: mx.array, indices: mx.array) -> mx.array:
+        paging = self._paging
+        with deferral.lock:
+            paging.called = True
+            if not deferral.running:
+                deferral.settled()
+                return self._call(paging, x, indices)
+            deferral.resolve()
+            if paging.mailbox is None or indices.size != paging.mailbox.count:
+                return self._call(paging, x, indices)
+            out = self._inner(x, paging.mailbox.read(indices.shape))
+            deferral.pending(self, paging.post.send(indices))
+            return out
+
+    def defer_to(self, deferral: Deferral, choices: int, small: bool) -> None:
+        """Let `deferral` put off the wait for the router's `choices` of a token; `small` as in `mailbox`."""
+        paging = self._paging
+        paging.deferral = deferral
+        if choices <= paging.slots.count:
+            paging.post = Post(paging.slots.layer.expert_count, small)
+            paging.mailbox = Mailbox(choices, paging.slots.count, small)
+
+    def place(self, sent: Sequence[mx.array]) -> None:
+        """Receive a deferred choice, make the experts resident (not verified yet), and put their slots into the mailbox."""
+        paging = self._paging
+        assert paging.mailbox is not None
+        chosen = paging.post.receive(sent)
+        if paging.last is not None:
+            mx.eval(paging.last)
+            paging.last = None
+        slots = paging.slots
+        slots.check(min(chosen), max(chosen))
+        slots.policy.see(chosen, len(chosen))
+        slots.acquire(list(dict.fromkeys(chosen)), verified=False)
+        paging.mailbox.write([slots.slot_of[expert] for expert in chosen])
 
     def _call(self, paging: _Paging, x: mx.array, indices: mx.array) -> mx.array:
         if paging.last is None:

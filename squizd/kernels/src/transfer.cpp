@@ -1,0 +1,213 @@
+#include "transfer.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <type_traits>
+
+#include "hash.h"
+
+namespace squizd {
+
+constexpr size_t CHUNK = 512 << 10;  // what one thread reads at a time
+
+bool Cuda::load(const char* name) {
+  void* library = dlopen(name, RTLD_NOW | RTLD_GLOBAL);
+  if (!library) return false;
+  auto find = [&](const char* symbol, auto& to) { return (to = reinterpret_cast<std::decay_t<decltype(to)>>(dlsym(library, symbol))) != nullptr; };
+  return find("cudaHostAlloc", alloc) && find("cudaFreeHost", free) && find("cudaStreamCreateWithFlags", create) &&
+         find("cudaMemcpyAsync", copy) && find("cudaStreamSynchronize", wait) && find("cudaStreamDestroy", destroy);
+}
+
+// A piece of a record that one thread reads: bytes [begin, end) of it.
+struct Transfer::Task {
+  int job;
+  size_t begin, end;
+  std::atomic<int> state{WAITING};
+  int status = 0;
+  enum { WAITING, READ, COPIED };
+};
+
+struct Transfer::Job {
+  const Shelf* shelf = nullptr;
+  int expert = 0, slot = 0, status = 0;
+  uint8_t* buffer = nullptr;
+  const Record& record() const { return shelf->records[size_t(expert)]; }
+};
+
+// What one call of `fetch` has in hand; its threads take the tasks in order.
+struct Transfer::Round {
+  std::vector<Job> jobs;
+  std::deque<Task> tasks;
+  std::atomic<size_t> next{0};
+};
+
+Transfer::Transfer(int threads, int spins, int buffers, size_t buffer_bytes, const char* library)
+    : spins_(spins), size_(buffer_bytes) {
+  if (library && *library) {
+    if (!cuda_.load(library) || cuda_.create(&stream_, 1) != 0) return;  // 1: does not wait for the default stream
+    on_gpu_ = true;
+  }
+  for (int i = 0; i < buffers; i++) {
+    void* memory = nullptr;
+    if (on_gpu_ ? cuda_.alloc(&memory, size_, 0) != 0 : posix_memalign(&memory, 4096, size_) != 0) return;
+    all_.push_back(static_cast<uint8_t*>(memory));
+  }
+  free_ = all_;
+  for (int i = 0; i < threads; i++) threads_.emplace_back([this] { help(); });
+  good_ = !threads_.empty() && !all_.empty();
+}
+
+Transfer::~Transfer() {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+    news_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (auto& thread : threads_) thread.join();
+  if (stream_) cuda_.destroy(stream_);
+  for (uint8_t* memory : all_) on_gpu_ ? void(cuda_.free(memory)) : ::free(memory);
+}
+
+void Transfer::fetch(const Shelf* shelf, int count, const int* experts, const int* slots, int* status) {
+  for (int done = 0; done < count;) {
+    Round round;
+    {
+      std::unique_lock lock(mutex_);
+      hashed_.wait(lock, [&] { return !free_.empty(); });
+      const int some = std::min<int>(count - done, int(free_.size()));
+      round.jobs.resize(size_t(some));
+      for (int i = 0; i < some; i++) {
+        Job& job = round.jobs[size_t(i)];
+        job.shelf = shelf, job.expert = experts[done + i], job.slot = slots[done + i];
+        job.buffer = free_.back();
+        free_.pop_back();
+        for (size_t at = 0; at < job.record().size; at += CHUNK) {
+          Task& task = round.tasks.emplace_back();
+          task.job = i, task.begin = at, task.end = std::min<size_t>(at + CHUNK, job.record().size);
+        }
+      }
+    }
+    carry(round);
+    for (const Job& job : round.jobs) status[done++] = job.status;
+  }
+}
+
+std::vector<Rejected> Transfer::settle() {
+  std::unique_lock lock(mutex_);
+  hashed_.wait(lock, [&] { return to_hash_.empty() && hashing_ == 0; });
+  return std::move(rejected_);
+}
+
+void* Transfer::shared(size_t size) {
+  void* memory = nullptr;
+  return (on_gpu_ ? cuda_.alloc(&memory, size, 3) != 0 : posix_memalign(&memory, 4096, size) != 0) ? nullptr : memory;  // 3: portable, mapped
+}
+
+void Transfer::release(void* memory) { on_gpu_ ? void(cuda_.free(memory)) : ::free(memory); }
+
+// The threads read; this one copies what is read, in order, so that CUDA is called by one thread only.
+void Transfer::carry(Round& round) {
+  round_.store(&round);
+  announce();
+  for (Task& task : round.tasks) {
+    while (task.state.load(std::memory_order_acquire) == Task::WAITING) pause();
+    Job& job = round.jobs[size_t(task.job)];
+    if (!job.status) job.status = task.status ? task.status : copy(job, task);
+  }
+  round_.store(nullptr);
+  while (inside_.load() > 0) pause();
+  const bool arrived = !on_gpu_ || cuda_.wait(stream_) == 0;
+  {
+    std::lock_guard lock(mutex_);
+    for (Job& job : round.jobs) {
+      if (!arrived && !job.status) job.status = CUDA_FAILED;
+      if (job.status) free_.push_back(job.buffer);
+      else to_hash_.push_back(job);
+    }
+  }
+  announce();
+}
+
+int Transfer::copy(const Job& job, const Task& task) const {
+  for (const Part& part : job.shelf->parts) {
+    const size_t from = std::max(task.begin, part.offset), to = std::min(task.end, part.offset + part.size);
+    if (from >= to) continue;
+    uint8_t* target = part.to + part.stride * size_t(job.slot) + (from - part.offset);
+    if (!on_gpu_) memcpy(target, job.buffer + from, to - from);
+    else if (cuda_.copy(target, job.buffer + from, to - from, 1, stream_) != 0) return CUDA_FAILED;  // 1: host to device
+  }
+  return 0;
+}
+
+void Transfer::announce() {
+  bool sleepers;
+  {
+    std::lock_guard lock(mutex_);
+    news_.fetch_add(1);
+    sleepers = asleep_ > 0;
+  }
+  if (sleepers) wake_.notify_all();
+}
+
+void Transfer::help() {
+  for (unsigned seen = 0;;) {
+    inside_.fetch_add(1);
+    if (Round* round = round_.load()) read(*round);
+    inside_.fetch_sub(1);
+    if (hash()) continue;
+    for (int spins = 0; news_.load(std::memory_order_acquire) == seen && spins < spins_; spins++) pause();
+    if (news_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock lock(mutex_);
+      asleep_++;
+      wake_.wait(lock, [&] { return news_.load() != seen; });
+      asleep_--;
+    }
+    seen = news_.load();
+    if (stop_.load()) return;
+  }
+}
+
+void Transfer::read(Round& round) {
+  for (size_t i; (i = round.next.fetch_add(1)) < round.tasks.size();) {
+    Task& task = round.tasks[i];
+    const Job& job = round.jobs[size_t(task.job)];
+    for (size_t at = task.begin; at < task.end && !task.status;) {
+      const ssize_t n = pread(job.shelf->fd, job.buffer + at, task.end - at, off_t(job.record().offset + at));
+      if (n > 0) at += size_t(n);
+      else if (n == 0) task.status = CUT_SHORT;
+      else if (errno != EINTR) task.status = errno;
+    }
+    task.state.store(Task::READ, std::memory_order_release);
+  }
+}
+
+// Computes one digest, if one is wanted.
+bool Transfer::hash() {
+  Job job;
+  {
+    std::lock_guard lock(mutex_);
+    if (to_hash_.empty()) return false;
+    job = to_hash_.front();
+    to_hash_.pop_front();
+    hashing_++;
+  }
+  squizd::Hash hash;
+  hash.add(job.buffer, job.record().size);
+  const bool same = hash.digest() == job.record().digest;
+  {
+    std::lock_guard lock(mutex_);
+    hashing_--;
+    if (!same) rejected_.push_back({job.shelf, job.expert});
+    free_.push_back(job.buffer);
+  }
+  hashed_.notify_all();
+  return true;
+}
+
+}  // namespace squizd

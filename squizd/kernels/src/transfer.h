@@ -1,0 +1,111 @@
+// Records from a file to a GPU's memory: many threads read chunks into pinned memory, one copies them from there to the
+// GPU as they arrive, and each record's XXH64 is computed after that, beside whatever the GPU does next.
+// Without a CUDA library the copies are plain ones, for tests and for memory that both sides share.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace squizd {
+
+// What became of a record; above 0 an errno.
+enum Status { ARRIVED = 0, CUT_SHORT = -1, CUDA_FAILED = -2, WRONG_DIGEST = -3, NO_EXPERT = -4, LOST = -5 };
+
+// What is used of the CUDA runtime API, found in the library that MLX has loaded.
+struct Cuda {
+  int (*alloc)(void**, size_t, unsigned) = nullptr;
+  int (*free)(void*) = nullptr;
+  int (*create)(void**, unsigned) = nullptr;
+  int (*copy)(void*, const void*, size_t, int, void*) = nullptr;
+  int (*wait)(void*) = nullptr;
+  int (*destroy)(void*) = nullptr;
+
+  bool load(const char* name);
+};
+
+struct Part {
+  size_t offset, size;
+  uint8_t* to;  // of slot 0
+  size_t stride;
+};
+
+struct Record {
+  uint64_t offset, size, digest;
+};
+
+// How one layer's records lie in the file, and where their parts go.
+struct Shelf {
+  int fd;
+  std::vector<Part> parts;
+  std::vector<Record> records;
+};
+
+struct Rejected {
+  const Shelf* shelf;
+  int expert;
+};
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Transfer {
+ public:
+  // `spins`: how often a thread looks for work before it sleeps. `library`: the CUDA runtime, or "" for plain memory.
+  Transfer(int threads, int spins, int buffers, size_t buffer_bytes, const char* library);
+  ~Transfer();
+  Transfer(const Transfer&) = delete;
+  bool good() const { return good_; }
+
+  // Reads experts into slots; `status` says what became of each. Returns when all bytes are there or have failed; digests
+  // may still be computed. Calls must not overlap.
+  void fetch(const Shelf* shelf, int count, const int* experts, const int* slots, int* status);
+
+  // Waits for all digests, and returns the records that do not match theirs.
+  std::vector<Rejected> settle();
+
+  // Memory that the GPU can reach as well, at the same address; null if there is none.
+  void* shared(size_t size);
+  void release(void* memory);
+
+ private:
+  struct Task;
+  struct Job;
+  struct Round;
+
+  void carry(Round& round);
+  int copy(const Job& job, const Task& task) const;
+  void announce();
+  void help();
+  static void read(Round& round);
+  bool hash();
+
+  Cuda cuda_;
+  void* stream_ = nullptr;
+  bool on_gpu_ = false, good_ = false;
+  const int spins_;
+  const size_t size_;
+  std::vector<uint8_t*> all_, free_;
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable wake_, hashed_;
+  std::atomic<unsigned> news_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> inside_{0};
+  std::atomic<Round*> round_{nullptr};
+  int asleep_ = 0, hashing_ = 0;
+  std::deque<Job> to_hash_;
+  std::vector<Rejected> rejected_;
+};
+
+}  // namespace squizd

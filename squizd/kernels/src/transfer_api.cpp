@@ -1,0 +1,111 @@
+// The C interface of `transfer.h` and `exchange.h`, without Python or MLX: runtime/transfer.py and runtime/exchange.py call it through ctypes.
+#include <memory>
+#include <stdexcept>
+
+#include "exchange.h"
+
+using namespace squizd;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT const char* squizd_sources() { return SQUIZD_SOURCES; }
+
+// Null if there is no memory or no such library.
+EXPORT void* squizd_transfer_open(int threads, int spins, int buffers, uint64_t buffer_bytes, const char* library) {
+  auto transfer = std::make_unique<Transfer>(threads, spins, buffers, size_t(buffer_bytes), library);
+  return transfer->good() ? transfer.release() : nullptr;
+}
+
+EXPORT void squizd_transfer_close(void* transfer) { delete static_cast<Transfer*>(transfer); }
+
+// parts: [count][offset, size, address of slot 0, bytes from slot to slot]; records: [count][offset, size, digest]
+EXPORT void* squizd_shelf_open(int fd, int parts, const uint64_t* part, int records, const uint64_t* record) {
+  auto shelf = std::make_unique<Shelf>();
+  shelf->fd = fd;
+  for (int i = 0; i < parts; i++, part += 4)
+    shelf->parts.push_back({size_t(part[0]), size_t(part[1]), reinterpret_cast<uint8_t*>(part[2]), size_t(part[3])});
+  for (int i = 0; i < records; i++, record += 3) shelf->records.push_back({record[0], record[1], record[2]});
+  return shelf.release();
+}
+
+EXPORT void squizd_shelf_close(void* shelf) { delete static_cast<Shelf*>(shelf); }
+
+EXPORT void squizd_fetch(void* transfer, const void* shelf, int count, const int* experts, const int* slots, int* status) {
+  static_cast<Transfer*>(transfer)->fetch(static_cast<const Shelf*>(shelf), count, experts, slots, status);
+}
+
+EXPORT int squizd_settle(void* transfer, int capacity, const void** shelves, int* experts) {
+  const auto rejected = static_cast<Transfer*>(transfer)->settle();
+  for (int i = 0; i < int(rejected.size()) && i < capacity; i++)
+    shelves[i] = rejected[size_t(i)].shelf, experts[i] = rejected[size_t(i)].expert;
+  return int(rejected.size());
+}
+
+// layers: [count][slots, choices]; null if something is out of range or there is no memory
+EXPORT void* squizd_exchange_open(void* transfer, int count, const void* const* shelves, const int* layers, int steps, const uint64_t* step,
+                                  int following, const uint64_t* follow, uint64_t weight, int memory) {
+  try {
+    const Rules rules{{step, step + steps}, {follow, follow + following}, weight, memory};
+    std::vector<Exchange::Layer> all;
+    for (int i = 0; i < count; i++) {
+      const int slots = layers[2 * i], choices = layers[2 * i + 1];
+      if (choices < 1 || choices > MOST_CHOICES || slots < choices) return nullptr;
+      all.emplace_back(static_cast<const Shelf*>(shelves[i]), slots, choices, rules);
+    }
+    auto exchange = std::make_unique<Exchange>(*static_cast<Transfer*>(transfer), std::move(all));
+    return exchange->box(0) ? exchange.release() : nullptr;
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+EXPORT void squizd_exchange_close(void* exchange) { delete static_cast<Exchange*>(exchange); }
+
+EXPORT uint64_t squizd_exchange_box(void* exchange, int layer) {
+  return reinterpret_cast<uint64_t>(static_cast<Exchange*>(exchange)->box(layer));
+}
+
+EXPORT void squizd_exchange_begin(void* exchange, uint32_t patience) { static_cast<Exchange*>(exchange)->begin(patience); }
+
+EXPORT void squizd_exchange_finish(void* exchange, int expected, int* failure) {
+  const auto found = static_cast<Exchange*>(exchange)->finish(expected);
+  failure[0] = found.layer, failure[1] = found.expert, failure[2] = found.status;
+}
+
+EXPORT void squizd_exchange_stop(void* exchange) { static_cast<Exchange*>(exchange)->stop(); }
+
+// What lies where and what the policy knows: `history` of `tokens` x `choices`. Returns 0, or 1 if something is out of range.
+EXPORT int squizd_exchange_arrange(void* exchange, int index, int count, const int* experts, const int* slots, const uint64_t* counts,
+                                   int token, const uint32_t* history, int tokens, int choices) {
+  auto& layer = static_cast<Exchange*>(exchange)->layer(index);
+  try {
+    layer.recall.restore({counts, counts + layer.slot_of.size()}, token, {history, history + size_t(tokens) * size_t(choices)}, choices);
+  } catch (const std::exception&) {
+    return 1;
+  }
+  std::fill(layer.slot_of.begin(), layer.slot_of.end(), -1);
+  std::fill(layer.expert_in.begin(), layer.expert_in.end(), -1);
+  std::fill(layer.used.begin(), layer.used.end(), 0);
+  for (int i = 0; i < count; i++) {
+    if (experts[i] < 0 || experts[i] >= int(layer.slot_of.size()) || slots[i] < 0 || slots[i] >= int(layer.expert_in.size())) return 1;
+    layer.slot_of[size_t(experts[i])] = slots[i];
+    layer.expert_in[size_t(slots[i])] = experts[i];
+  }
+  return 0;
+}
+
+// `expert_in` [slots] (-1: empty), `counts` [experts], `history` [room for memory x choices], `numbers`: token, choices, tokens of the
+// history, hits, misses, evictions, bytes, nanoseconds (those counters begin anew).
+EXPORT void squizd_exchange_state(void* exchange, int index, int* expert_in, uint64_t* counts, uint32_t* history, uint64_t* numbers) {
+  auto& layer = static_cast<Exchange*>(exchange)->layer(index);
+  std::copy(layer.expert_in.begin(), layer.expert_in.end(), expert_in);
+  std::copy(layer.recall.counts().begin(), layer.recall.counts().end(), counts);
+  const auto remembered = layer.recall.history();
+  std::copy(remembered.begin(), remembered.end(), history);
+  const int choices = layer.recall.choices();
+  const auto& c = layer.counts;
+  const uint64_t out[] = {uint64_t(layer.recall.token()), uint64_t(choices), choices ? remembered.size() / size_t(choices) : 0,
+                          c.hits, c.misses, c.evictions, c.bytes, c.nanoseconds};
+  std::copy(std::begin(out), std::end(out), numbers);
+  layer.counts = {};
+}

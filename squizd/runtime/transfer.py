@@ -1,0 +1,136 @@
+"""Expert records into GPU memory that the host cannot write fast: the library compiled from `kernels/src/transfer.cpp`.
+
+On CUDA, MLX's arrays that the host has looked at are managed memory. Written through a NumPy view their pages move by
+faults at some 2 GB/s; `cudaMemcpyAsync` to the same address from pinned memory runs at 30 GB/s and more. So records
+are read in chunks by many threads into pinned buffers, copied from there, and their digests computed beside that:
+`fetch` returns before they are known, and `settle` must be asked before anything is concluded from the bytes.
+Only documented calls of the CUDA runtime API are used, from the library that MLX itself has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..container.layout import Record
+from ..kernels.build import TRANSFER, sources_digest
+from .io import Bytes, Part
+
+BUFFERS = 16  # pinned, each of the largest record
+MOST_THREADS = 8
+_SPINS = 10_000  # some 300 us, a layer's time: waking a thread takes a fifth of that
+_REASONS = {-1: "the file is cut short", -2: "the copy to the GPU failed"}
+_WRONG_DIGEST = "the bytes do not match their digest"
+_MOST_FAILURES = 256
+
+
+@cache
+def _library() -> Any:
+    """The compiled library, or the reason why there is none."""
+    try:
+        found = ctypes.CDLL(os.fspath(TRANSFER))
+    except OSError:
+        return "its transfers are not compiled (python -m squizd.kernels.build)"
+    found.squizd_sources.restype = ctypes.c_char_p
+    if found.squizd_sources().decode() != sources_digest():
+        return "its transfers were compiled from other sources than are here (python -m squizd.kernels.build)"
+    for name in ("squizd_transfer_open", "squizd_shelf_open"):
+        getattr(found, name).restype = ctypes.c_void_p
+    return found
+
+
+@cache
+def cuda_library() -> str:
+    """The name under which the CUDA runtime can be loaded here; "" if it cannot."""
+    for name in ("libcudart.so.13", "libcudart.so.12", "libcudart.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return name
+    return ""
+
+
+def missing() -> str:
+    """Why there can be no Transfer here; "" if there can."""
+    found = _library()
+    return found if isinstance(found, str) else ""
+
+
+def copy(to: Bytes, source: Bytes) -> None:
+    """Copy host bytes to the managed memory behind `to`, of the same size, now. OSError if CUDA fails."""
+    cuda = ctypes.CDLL(cuda_library())
+    source = np.ascontiguousarray(source)
+    code = cuda.cudaMemcpy(
+        ctypes.c_void_p(to.ctypes.data), ctypes.c_void_p(source.ctypes.data), ctypes.c_size_t(source.nbytes), 1
+    )  # 1: host to device
+    if code:
+        raise OSError(f"CUDA error {code} while copying to the GPU")
+
+
+class Transfer:
+    """Threads, pinned buffers and streams of one open file. Calls of `fetch` and `settle` must not overlap."""
+
+    def __init__(self, record_bytes: int, cuda: str) -> None:
+        """`record_bytes`: of the largest record. `cuda`: the CUDA runtime; "" copies in plain memory.
+
+        OSError if there is no compiled library, or it cannot have the memory.
+        """
+        self._native = _library()
+        if isinstance(self._native, str):
+            raise OSError(self._native)
+        cores = len(os.sched_getaffinity(0))
+        threads = int(os.environ.get("T_THREADS") or max(2, min(MOST_THREADS, cores // 2)))
+        spins = int(os.environ.get("T_SPINS") or (_SPINS if cores > threads else 0))
+        self._handle: int | None = self._native.squizd_transfer_open(
+            threads, spins, BUFFERS, ctypes.c_uint64(max(record_bytes, 1)), cuda.encode()
+        )
+        if not self._handle:
+            raise OSError(f"cannot have {BUFFERS} pinned buffers of {record_bytes} bytes")
+        self._shelves: list[int] = []
+
+    def shelf(self, fd: int, parts: Sequence[tuple[Part, Bytes]], records: Sequence[Record]) -> int:
+        """Describe a layer: each part of its records and the bank [slots, bytes] it goes to. A handle for `fetch`."""
+        assert not any(part.widen for part, _ in parts)
+        where = np.array([(p.offset, p.size, b.ctypes.data, b.strides[0]) for p, b in parts], np.uint64)
+        what = np.array([(r.offset, r.stored_size, r.digest) for r in records], np.uint64)
+        handle: int = self._native.squizd_shelf_open(
+            fd, len(where), ctypes.c_void_p(where.ctypes.data), len(what), ctypes.c_void_p(what.ctypes.data)
+        )
+        self._shelves.append(handle)
+        return handle
+
+    def fetch(self, shelf: int, taken: Sequence[tuple[int, int]]) -> list[str]:
+        """Read (expert, slot) pairs; returns for each why it failed, or "". Their digests may still be computed."""
+        count = len(taken)
+        kind = ctypes.c_int * count
+        status = kind()
+        self._native.squizd_fetch(
+            ctypes.c_void_p(self._handle),
+            ctypes.c_void_p(shelf),
+            count,
+            kind(*[expert for expert, _ in taken]),
+            kind(*[slot for _, slot in taken]),
+            status,
+        )
+        return [code and (_REASONS.get(code) or os.strerror(code)) or "" for code in status]
+
+    def settle(self) -> list[tuple[int, int, str]]:
+        """Wait for all digests: (shelf, expert, reason) of every record fetched since the last call that fails."""
+        shelves, experts = (ctypes.c_void_p * _MOST_FAILURES)(), (ctypes.c_int * _MOST_FAILURES)()
+        count = self._native.squizd_settle(ctypes.c_void_p(self._handle), _MOST_FAILURES, shelves, experts)
+        found = min(count, _MOST_FAILURES)
+        return [(int(shelves[i] or 0), int(experts[i]), _WRONG_DIGEST) for i in range(found)]
+
+    def close(self) -> None:
+        """End the threads and free the buffers; twice is fine."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._native.squizd_transfer_close(ctypes.c_void_p(handle))
+            for shelf in self._shelves:
+                self._native.squizd_shelf_close(ctypes.c_void_p(shelf))
