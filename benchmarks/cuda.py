@@ -90,7 +90,7 @@ PROMPT = list(range(100, 132))
 
 
 def decode(model: nn.Module, routed: list[Routed], start: int, tokens: int) -> tuple[list[float], mx.array]:
-    """Seconds of each token and the last logits; the next token's graph is built while one is computed, as mlx-lm does."""
+    """Seconds of each token, and the last logits; as in mlx-lm a graph is built while the one before is computed."""
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[11, 12, 13, 14]]), cache=cache))
     y = mx.array([[7]])

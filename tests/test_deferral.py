@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +39,43 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(device, name, lambda: True)
 
 
+def ask_from_here(chosen: mx.array, address: mx.array) -> mx.array:
+    """What the CUDA kernels do (runtime/exchange.py), by the host and at once."""
+    count = chosen.size
+    box = np.frombuffer((ctypes.c_uint32 * 192).from_address(address.item()), np.uint32)
+    box[1 : 1 + count] = np.array(chosen)
+    number = np.uint32(int(box[0]) + 1)
+    box[0] = number
+    if not wait(lambda: box[32] == number, box):
+        return mx.zeros((count,), mx.uint32)
+    table = np.frombuffer((ctypes.c_uint64 * 64).from_address(int(box[66:68].view(np.uint64)[0])), np.uint64)
+    for coming in box[68:188].reshape(30, 4)[: box[64]]:
+        if not wait(lambda coming=coming: coming[3] == number, box):
+            return mx.zeros((count,), mx.uint32)
+        source = int(coming[:2].view(np.uint64)[0])
+        for offset, size, to, stride in table.reshape(16, 4)[: box[65]].tolist():
+            if source:
+                ctypes.memmove(to + stride * int(coming[2]), source + offset, size)
+    return mx.array(box[33 : 33 + count])
+
+
+def wait(done: Callable[[], bool], box: np.ndarray) -> bool:
+    began = time.monotonic()
+    while not done():
+        time.sleep(0)
+        if time.monotonic() - began > box[63] / 1000 + 5:  # this machine may be busy
+            box[31] = 1
+            return False
+    return True
+
+
+@pytest.fixture(params=["late", "asked"])
+def way(request: pytest.FixtureRequest, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How single tokens learn their slots."""
+    monkeypatch.setattr(device, "ask", lambda: ask_from_here if request.param == "asked" else None)
+    return str(request.param)
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's own arithmetic."""
@@ -58,7 +97,7 @@ def decode(model: nn.Module, tokens: int = 24) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("share", ["100%", "50%", "25%", "0%"])
 def test_deferred_tokens_have_the_same_bits(
-    share: str, tiny_file: Callable[..., Path], plain: None, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+    share: str, tiny_file: Callable[..., Path], plain: None, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_file()
     model = load_model(path, resident=share)
@@ -69,6 +108,8 @@ def test_deferred_tokens_have_the_same_bits(
         assert deferral is not None
         assert deferral.reason == ""
         assert deferral.tried
+        assert (deferral.exchange is not None) == (way == "asked")
+        assert deferral.exchange_reason == ""
         assert state(model).stats.misses > 0
     monkeypatch.setattr(device, "transfer", lambda size: None)
     for name in ("defers", "small_mail", "fuses"):
@@ -77,10 +118,27 @@ def test_deferred_tokens_have_the_same_bits(
     assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def test_damage_is_told_before_a_token_is_and_a_mended_file_goes_on(
-    tiny_file: Callable[..., Path], tmp_path: Path, plain: None, like_a_gpu: None
+def test_who_asks_in_vain_waits_instead(
+    tiny_file: Callable[..., Path], plain: None, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every expert's bytes are damaged while the model runs: the token that needs one fails, the cache stays as it was."""
+    """Slots that are not the host's answer are noticed in the first token, and nothing is asked any more."""
+    monkeypatch.setattr(device, "ask", lambda: lambda chosen, address: ask_from_here(chosen, address) * 0)
+    model = load_model(tiny_file(), resident="50%")
+    got = decode(model, 6)
+    deferral = state(model).deferral
+    assert deferral is not None
+    assert deferral.exchange is None
+    assert "other bits" in deferral.exchange_reason
+    assert deferral.reason == ""
+    monkeypatch.setattr(device, "defers", lambda: False)
+    wanted = decode(load_model(tiny_file(), resident="50%"), 6)
+    assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_damage_is_told_before_a_token_is_and_a_mended_file_goes_on(
+    tiny_file: Callable[..., Path], tmp_path: Path, plain: None, way: str
+) -> None:
+    """Every expert is damaged while the model runs: the token that needs one fails, the cache stays as it was."""
     whole = tiny_file().read_bytes()
     path = tmp_path / "m.squizd"
     path.write_bytes(whole)
@@ -117,7 +175,7 @@ def test_damage_is_told_before_a_token_is_and_a_mended_file_goes_on(
 
 
 def test_a_file_that_shrinks_fails_the_token(
-    tiny_file: Callable[..., Path], tmp_path: Path, plain: None, like_a_gpu: None
+    tiny_file: Callable[..., Path], tmp_path: Path, plain: None, way: str
 ) -> None:
     path = tmp_path / "m.squizd"
     path.write_bytes(tiny_file().read_bytes())

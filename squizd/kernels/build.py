@@ -136,9 +136,10 @@ def build_transfer(target: Path) -> Path:
     if sys.platform != "linux":
         raise BuildError("transfers are for CUDA on Linux; elsewhere memory is shared")
     flags = ["-static-libstdc++", "-static-libgcc", "-Wl,-s", "-shared", f'-DSQUIZD_SOURCES="{sources_digest()}"']
+    sources = [str(SOURCES / f"{name}.cpp") for name in ("transfer", "exchange", "recall", "transfer_api")]
     target.mkdir(parents=True, exist_ok=True)
     partial = target / (TRANSFER.name + ".partial")
-    _run([*find_compiler(), *_COMMON, *flags, str(SOURCES / "transfer.cpp"), "-o", str(partial), "-ldl"])
+    _run([*find_compiler(), *_COMMON, *flags, *sources, "-o", str(partial), "-ldl"])
     return partial.replace(target / TRANSFER.name)
 
 

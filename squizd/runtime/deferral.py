@@ -3,8 +3,10 @@
 A PagedSwitch must know the router's choice before its experts may be computed. Waiting for it at once leaves the GPU
 without work while the host builds the next layer's graph, and the other way round. So during one token the wait is
 put off until the *next* layer has been built: the switch returns its result unevaluated, computed from slots that are
-written into a mailbox later. When the next router is reached, the choice before it is received, what is missing is read,
-the mailbox is written, and only then the experts of that layer and all up to the next router are scheduled.
+written into a mailbox later. When the next router is reached, the choice before it is received, what is missing is
+read, the mailbox is written, and only then the experts of that layer and all up to the next router are scheduled.
+
+With an `exchange` nobody waits at all: the GPU asks for the slots itself, and only the end of a token is awaited.
 
 Nothing may be evaluated in between by the model's own code, so the first token is computed both ways, and only if
 logits and caches agree bit for bit are others deferred. Digests of what was read are awaited once a token, before
@@ -21,16 +23,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+from ..errors import ExpertReadError
+
 if TYPE_CHECKING:
+    from .exchange import Exchange
     from .pager import Pager
     from .switch import PagedSwitch
 
 
 class Deferral:
-    """The deferred token of one model. `reason` says why there is none, "" while unknown or in use."""
+    """The deferred token of one model. `reason` says why there is none, "" while unknown or in use.
+
+    `exchange`, if set, is used; `exchange_reason` says why it is no more.
+    """
 
     def __init__(self, pager: Pager) -> None:
-        self.reason = ""
+        self.reason = self.exchange_reason = ""
+        self.exchange: Exchange | None = None
         self.lock = threading.RLock()  # held for a whole token; taken before any layer's
         self.tried = False
         self._pager = pager
@@ -60,11 +69,23 @@ class Deferral:
         wanted = compute()
         before = [mx.array(array) for array in _arrays(cache)]
         mx.eval(wanted, before)
-        trim_prompt_cache(cache, 1)
-        out = self.token(compute, cache)
-        pairs = zip([out, *_arrays(cache)], [wanted, *before], strict=True)
-        if not all(mx.array_equal(a, b).item() for a, b in pairs):
-            self.reason = "deferred, it gives other bits"
+        while not self.reason:
+            trim_prompt_cache(cache, 1)
+            problem = "deferred, it gives other bits"
+            try:
+                out = self.token(compute, cache)
+            except (ExpertReadError, RuntimeError) as error:  # or a kernel that does not compile
+                wanted, problem = compute(), str(error)
+                mx.eval(wanted)
+            else:
+                pairs = list(zip([out, *_arrays(cache)], [wanted, *before], strict=True))
+                if all(mx.array_equal(a, b).item() for a, b in pairs):
+                    break
+            if self.exchange is None:
+                self.reason = problem
+            else:  # wait for routers late instead
+                self.exchange.give_back()
+                self.exchange, self.exchange_reason = None, problem
         self.tried = True
         return wanted
 
@@ -76,15 +97,22 @@ class Deferral:
                 self.settled()
             self._running, self._pending = mine, None
             before = [c.offset for c in cache]
+            exchange = self.exchange
             try:
+                if exchange is not None:
+                    exchange.begin(trial=not self.tried)
                 out = compute()
                 self.resolve()
                 mx.async_eval(out)
                 self._last = out, mine
+                if exchange is not None:
+                    exchange.finish()
                 self._pager.settle()
             except BaseException:
                 self._pending = None
                 mx.synchronize(mine[1])
+                if exchange is not None:
+                    exchange.abandon()
                 for entry, offset in zip(cache, before, strict=True):
                     entry.trim(entry.offset - offset)
                 raise

@@ -21,6 +21,7 @@ from ..backend import on_cpu, on_cuda
 from ..kernels import layers, replay
 from ..kernels.replay import Replay
 from . import transfer as transfers
+from .exchange import Ask, cuda_ask
 from .io import Bytes
 from .lending import Lending
 from .transfer import Transfer, cuda_library
@@ -77,6 +78,14 @@ def publish(written: Sequence[Bytes], views: Sequence[Bytes]) -> None:
 def defers() -> bool:
     """Whether waiting late for routers pays: where computing is asynchronous to the host."""
     return not on_cpu()
+
+
+def ask() -> Ask | None:
+    """How a computation can ask the host for something and wait, if this device can and the user wants it.
+
+    Only with SQUIZD_EXCHANGE=1: tested with a stand-in for the GPU, not measured on one yet.
+    """
+    return cuda_ask() if on_cuda() and os.environ.get("SQUIZD_EXCHANGE") == "1" else None
 
 
 def small_mail() -> bool:

@@ -42,7 +42,7 @@ class FusedSwitchGLU(SwitchGLU):
 
 
 def fusable(module: nn.Module) -> bool:
-    """Whether `module` is a plain SwitchGLU whose gate and up projections are quantized alike, without biases to add."""
+    """Whether `module` is a plain SwitchGLU whose gate and up projections are quantized alike and add no biases."""
     if type(module) is not SwitchGLU:
         return False
     gate, up = module.gate_proj, module.up_proj

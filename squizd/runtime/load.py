@@ -28,11 +28,12 @@ from .blueprint import Blueprint, ExpertLayer, Resident, draw, fill
 from .budget import Budget, Demand, LayerDemand, make_budget, parse_share, parse_size
 from .deferral import Deferral
 from .deferral import install as install_deferral
+from .exchange import Exchange
 from .fused import BOTH, GATE, UP, FusedSwitchGLU, fusable
 from .io import Bytes
 from .lending import Lending
 from .pager import READERS, Pager, Slots, Stats
-from .policy import Fading
+from .policy import Recall
 from .probe import Needs, probe
 from .profile import LayerProfile, Profile, read_profile
 from .switch import PagedSwitch
@@ -198,13 +199,19 @@ def _largest_record(file: File) -> int:
 
 
 def _defer(blueprint: Blueprint, pager: Pager, needs: Needs) -> Deferral:
-    """Let single tokens wait for their routers late."""
+    """Let single tokens wait for their routers late, or not at all."""
     deferral = Deferral(pager)
     modules = dict(blueprint.model.named_modules())
-    for layer, k in zip(blueprint.layers, needs.top_k, strict=True):
-        module = modules[layer.layer.path]
-        if isinstance(module, PagedSwitch):
-            module.defer_to(deferral, k, device.small_mail())
+    found = [(modules[x.layer.path], k) for x, k in zip(blueprint.layers, needs.top_k, strict=True)]
+    paged = [(module, k) for module, k in found if isinstance(module, PagedSwitch)]
+    for index, (module, k) in enumerate(paged):
+        module.defer_to(deferral, index, k, device.small_mail())
+    ask = device.ask()
+    if ask is not None:
+        try:
+            deferral.exchange = Exchange(pager, [(module.slots, k) for module, k in paged], ask, deferral.lock)
+        except OSError as error:
+            deferral.exchange_reason = str(error)
     install_deferral(blueprint.model, deferral)
     return deferral
 
@@ -225,10 +232,10 @@ def demand_of(path: str | os.PathLike[str], context: int | None = None) -> tuple
         return _demand(blueprint, needs, file, read_profile(file)), context or _default_context(needs, None)
 
 
-def _policies(file: File, profile: Profile | None) -> list[Fading]:
+def _policies(file: File, profile: Profile | None) -> list[Recall]:
     known = profile.layers if profile is not None else [LayerProfile(())] * len(file.moe_layers)
     tokens = profile.tokens if profile is not None else 0
-    return [Fading(x.expert_count, p.prior(tokens)) for x, p in zip(file.moe_layers, known, strict=True)]
+    return [Recall(x.expert_count, p.prior(tokens)) for x, p in zip(file.moe_layers, known, strict=True)]
 
 
 def _warm(blueprint: Blueprint, pager: Pager, profile: Profile) -> None:
@@ -292,7 +299,7 @@ def _load_residents(blueprint: Blueprint, file: File) -> None:
     fill(blueprint.model, arrays)
 
 
-def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pager, policy: Fading) -> bool:
+def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pager, policy: Recall) -> bool:
     """Give an expert module its slots. True if it is paged; else every expert is read into its own row now."""
     module, arrays = layer.module, []
     views: dict[str, Bytes] = {}

@@ -17,7 +17,7 @@ from ..container.layout import RAW, MoeLayer, Record
 from ..container.reader import File
 from ..errors import ExpertReadError, ReadError, RequestError
 from .io import Bytes, Scatter
-from .policy import Fading, Policy
+from .policy import Policy, Recall, State
 from .transfer import Transfer
 
 READERS = 4  # threads; on a 2-core VM eight gave no more than four
@@ -86,7 +86,7 @@ class Pager:
         return errors
 
     def settle(self) -> None:
-        """Wait until all that was read is verified. Raises ExpertReadError for the first record that is damaged, its slot empty."""
+        """Wait until all that was read is verified. Raises ExpertReadError for the first damaged record, its slot empty."""
         failed = self.transfer.settle() if self.transfer is not None else []
         errors = [self.shelves[shelf].reject(expert, reason) for shelf, expert, reason in failed]
         if errors:
@@ -142,19 +142,19 @@ class Slots:
         self.layer, self.pager, self.banks = layer, pager, tuple(banks)
         self.count = len(banks[0])
         self.slot_of: dict[int, int] = {}  # only experts whose bytes are verified, or will be by `Pager.settle`
-        self.policy: Policy = Fading(layer.expert_count) if policy is None else policy
+        self.policy: Policy = Recall(layer.expert_count) if policy is None else policy
         self._free = list(range(self.count))[::-1]
         self.shelf: Any = None  # the native counterpart, where there is one: see `lending`
         self.scatters = scatters
         self.records = [pager.file.expert(layer.layer, e) for e in range(layer.expert_count)]
-        self._shelf_handle: int | None = None
+        self.shelf_handle: int | None = None
         layouts = {record.layout for record in self.records}
         parts = scatters[layouts.pop()].parts
         raw = not layouts and all(record.codec == RAW for record in self.records)
         if pager.transfer is not None and raw and not any(part.widen for part in parts):
             destinations = list(zip(parts, self.banks, strict=True))
-            self._shelf_handle = pager.transfer.shelf(pager.file.fileno(), destinations, self.records)
-            pager.shelves[self._shelf_handle] = self
+            self.shelf_handle = pager.transfer.shelf(pager.file.fileno(), destinations, self.records)
+            pager.shelves[self.shelf_handle] = self
 
     def check(self, lowest: int, highest: int) -> None:
         """RequestError unless both are experts of this layer."""
@@ -168,16 +168,16 @@ class Slots:
         """(expert, slot) of what is resident, next victim first."""
         return [(expert, self.slot_of[expert]) for expert in self.policy]
 
-    def state(self) -> tuple[list[int], int]:
+    def state(self) -> State:
         """What the policy knows besides `order`."""
-        assert isinstance(self.policy, Fading)
+        assert isinstance(self.policy, Recall)
         return self.policy.state()
 
-    def restore(self, order: Sequence[tuple[int, int]], counts: Sequence[int], token: int) -> None:
+    def restore(self, order: Sequence[tuple[int, int]], state: State) -> None:
         """Take over what somebody else did to the slots under the same policy: the inverse of `order` and `state`."""
-        assert isinstance(self.policy, Fading)
+        assert isinstance(self.policy, Recall)
         self.slot_of = dict(order)
-        self.policy.restore(self.slot_of, counts, token)
+        self.policy.restore(self.slot_of, state)
         taken = set(self.slot_of.values())
         self._free = [slot for slot in range(self.count)[::-1] if slot not in taken]
 
@@ -257,10 +257,10 @@ class Slots:
 
     def _read_all(self, taken: Sequence[tuple[int, int]]) -> Sequence[BaseException | None]:
         transfer = self.pager.transfer
-        if transfer is not None and self._shelf_handle is not None:
+        if transfer is not None and self.shelf_handle is not None:
             if self.pager.closed:
                 raise ReadError(f"{self.pager.file.path}: the model is closed")
-            reasons = transfer.fetch(self._shelf_handle, taken)
+            reasons = transfer.fetch(self.shelf_handle, taken)
             return [self._error(e, why) if why else None for (e, _), why in zip(taken, reasons, strict=True)]
         return self.pager.run(
             [lambda e=e, s=s: self._read(e, s) for e, s in taken],  # type: ignore[misc]

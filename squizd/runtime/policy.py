@@ -13,12 +13,22 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-HALF_LIFE: Final = 32  # tokens; 16 to 64 differ by less than 0.004 of the hit rate
+HALF_LIFE: Final = 24  # tokens; 16 to 32 differ by less than 0.003 of the hit rate
 ONE: Final = 1 << 32  # what a choice counts at the beginning of a half-life
 # What a choice counts, by token within a half-life. Whole numbers, so that the kernels' shelves count the very same.
 STEPS: Final = tuple(round(ONE * 2 ** (i / HALF_LIFE)) for i in range(HALF_LIFE))
 
+# Recall, in whole numbers for the same reason.
+MEMORY: Final = 512  # tokens; twice as many gain 0.001 to 0.002
+FOLLOWING: Final = tuple(round(256 * 0.8**d) for d in range(1, 9))  # what comes so many tokens later counts, of 256
+WEIGHT: Final = 25  # choices; what always followed counts as much as so many, times the sum of `FOLLOWING`
+_AFTER: Final = np.arange(1, len(FOLLOWING) + 1)[:, None]
+_FOLLOWING: Final = np.array(FOLLOWING)[:, None]
+
 Choices = Sequence[int] | npt.NDArray[Any]
+# Of Recall: the counts of all experts; the token within the half-life; the choices of the last tokens, one token after
+# another; how many each token has.
+State = tuple[Sequence[int], int, Sequence[int], int]
 
 
 def settled(rate: int) -> int:
@@ -110,14 +120,9 @@ class Fading:
             self.token = 0
             self.counts = [count >> 1 for count in self.counts]
 
-    def state(self) -> tuple[list[int], int]:
-        """The counts of all experts, and the token within the half-life."""
-        return self.counts, self.token
-
-    def restore(self, order: Iterable[int], counts: Sequence[int], token: int) -> None:
-        """Know the experts in `order` and no others; `counts` and `token` as in `state`."""
-        self.counts, self.token = list(counts), token
-        self._known = set(order)
+    def scores(self) -> Sequence[int]:
+        """What each expert of the layer counts now."""
+        return self.counts
 
     def use(self, expert: int) -> None:
         """`expert` is resident; `see` has counted it."""
@@ -125,12 +130,91 @@ class Fading:
 
     def evict(self, keep: Container[int]) -> int:
         """Forget and return the known expert that counts least, `keep` excepted."""
-        counts = self.counts
-        victim = min(((counts[e], e) for e in self._known if e not in keep), default=None)
+        scores = self.scores()
+        victim = min(((scores[e], e) for e in self._known if e not in keep), default=None)
         if victim is None:
             raise LookupError("every resident expert must be kept")
         self._known.remove(victim[1])
         return victim[1]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self._known, key=lambda expert: (self.counts[expert], expert)))
+        scores = self.scores()
+        return iter(sorted(self._known, key=lambda expert: (scores[expert], expert)))
+
+
+class Recall(Fading):
+    """Fading, and what followed the last times that experts like the present ones were chosen.
+
+    Text repeats itself, and so does routing. Of the last MEMORY tokens, those count that resemble the last one: in
+    the experts chosen for them, and half as much in those chosen for the token before. An expert chosen up to 8 tokens
+    after such a token gains by how alike (to the fourth power) and how soon (`FOLLOWING`), as a share of all
+    resemblance.
+    Computed only when somebody must go. The kernels' shelves (`recall.cpp`) decide the very same.
+    """
+
+    def __init__(self, experts: int, prior: Sequence[int] = ()) -> None:
+        super().__init__(experts, prior)
+        self._history: npt.NDArray[np.int32] = np.empty((0, 0), np.int32)  # [choices, room for tokens]
+        self._tokens = 0  # of it in use
+        self._scores: Sequence[int] | None = None
+
+    def see(self, chosen: Choices, choices: int) -> None:
+        """Count the choices of each token, and remember them."""
+        super().see(chosen, choices)
+        self._remember(np.asarray(chosen, np.int32).reshape(-1, choices)[-MEMORY:].T)
+
+    def _remember(self, tokens: npt.NDArray[np.int32]) -> None:
+        self._scores = None
+        if len(self._history) != len(tokens):
+            self._history, self._tokens = np.empty((len(tokens), 4 * MEMORY), np.int32), 0
+        if self._tokens + tokens.shape[1] > self._history.shape[1]:
+            kept = self.history().copy()
+            self._history[:, : kept.shape[1]], self._tokens = kept, kept.shape[1]
+        end = self._tokens + tokens.shape[1]
+        self._history[:, self._tokens : end], self._tokens = tokens, end
+
+    def history(self) -> npt.NDArray[np.int32]:
+        """The choices of the last tokens, at most MEMORY: int32 [choices, tokens]."""
+        return self._history[:, max(0, self._tokens - MEMORY) : self._tokens]
+
+    def state(self) -> State:
+        """What the policy knows besides which experts are resident."""
+        history = self.history()
+        return self.counts, self.token, history.T.reshape(-1).tolist(), len(history)
+
+    def restore(self, order: Iterable[int], state: State) -> None:
+        """Know the experts in `order` and no others; the rest from `state`."""
+        counts, self.token, history, choices = state
+        self.counts, self._known = list(counts), set(order)
+        self._history = np.empty((0, 0), np.int32)
+        if choices:
+            self._remember(np.array(history, np.int32).reshape(-1, choices).T)
+
+    def scores(self) -> Sequence[int]:
+        """What each expert counts now: units of `counts`."""
+        if self._scores is None:
+            votes, alike = self._votes()
+            if alike:
+                unit = (STEPS[self.token - 1] >> 16) * WEIGHT
+                self._scores = [c + ((v << 16) // alike * unit >> 8) for c, v in zip(self.counts, votes, strict=True)]
+            else:
+                self._scores = self.counts
+        return self._scores
+
+    def _votes(self) -> tuple[list[int], int]:
+        """By expert: resemblance × `FOLLOWING`, summed over what followed; and the sum of all resemblance."""
+        history = self.history()
+        last = history.shape[1] - 1
+        if last < 1:
+            return [], 0
+        resemblance = np.zeros((2, len(self.counts)), np.int64)
+        resemblance[0, history[:, last]], resemblance[1, history[:, last - 1]] = 2, 1
+        alike = resemblance[0][history[:, :last]].sum(0)
+        alike[1:] += resemblance[1][history[:, : last - 1]].sum(0)
+        found = np.flatnonzero(alike > 3)  # one expert in common is chance
+        weight = (alike[found] - 3) ** 4
+        after = found + _AFTER  # [tokens after, tokens found]
+        known = np.where(after <= last, weight * _FOLLOWING, 0)  # nothing follows the last token
+        experts = history[:, np.minimum(after, last)]
+        votes = np.bincount(experts.reshape(-1), np.tile(known.reshape(-1), len(history)), len(self.counts))
+        return votes.astype(np.int64).tolist(), int(weight.sum())  # votes are below 2^53, so exact

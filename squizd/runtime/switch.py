@@ -41,6 +41,7 @@ class _Paging:
         self.last: mx.array | None = None  # the previous result, if it may still be in flight
         self.called = False
         self.deferral: Deferral | None = None
+        self.index = 0
         self.post = Post(slots.layer.expert_count, small=False)
         self.mailbox: Mailbox | None = None
 
@@ -77,7 +78,12 @@ class PagedSwitch(nn.Module):
             paging.called = True
             if not deferral.running:
                 deferral.settled()
+                paging.slots.pager.reclaim()
                 return self._call(paging, x, indices)
+            if deferral.exchange is not None:
+                out = self._inner(x, deferral.exchange.rows(paging.index, indices))
+                mx.async_eval(out)  # the GPU need not wait until the whole token is built
+                return out
             deferral.resolve()
             if paging.mailbox is None or indices.size != paging.mailbox.count:
                 return self._call(paging, x, indices)
@@ -85,16 +91,19 @@ class PagedSwitch(nn.Module):
             deferral.pending(self, paging.post.send(indices))
             return out
 
-    def defer_to(self, deferral: Deferral, choices: int, small: bool) -> None:
-        """Let `deferral` put off the wait for the router's `choices` of a token; `small` as in `mailbox`."""
+    def defer_to(self, deferral: Deferral, index: int, choices: int, small: bool) -> None:
+        """Let `deferral` put off the wait for the router's `choices` of a token; `small` as in `mailbox`.
+
+        `index`: of this layer among those of an exchange.
+        """
         paging = self._paging
-        paging.deferral = deferral
+        paging.deferral, paging.index = deferral, index
         if choices <= paging.slots.count:
             paging.post = Post(paging.slots.layer.expert_count, small)
             paging.mailbox = Mailbox(choices, paging.slots.count, small)
 
     def place(self, sent: Sequence[mx.array]) -> None:
-        """Receive a deferred choice, make the experts resident (not verified yet), and put their slots into the mailbox."""
+        """Receive a deferred choice, make the experts resident (not verified yet), and post their slots."""
         paging = self._paging
         assert paging.mailbox is not None
         chosen = paging.post.receive(sent)

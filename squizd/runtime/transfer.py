@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,11 +21,16 @@ from ..container.layout import Record
 from ..kernels.build import TRANSFER, sources_digest
 from .io import Bytes, Part
 
-BUFFERS = 16  # pinned, each of the largest record
+BUFFERS = 32  # pinned, each of the largest record
 MOST_THREADS = 8
 _SPINS = 10_000  # some 300 us, a layer's time: waking a thread takes a fifth of that
-_REASONS = {-1: "the file is cut short", -2: "the copy to the GPU failed"}
-_WRONG_DIGEST = "the bytes do not match their digest"
+_WRONG_DIGEST = -3
+_REASONS = {
+    -1: "the file is cut short",
+    -2: "the copy to the GPU failed",
+    _WRONG_DIGEST: "the bytes do not match their digest",
+    -5: "the GPU waited for it too long",
+}
 _MOST_FAILURES = 256
 
 
@@ -39,8 +44,11 @@ def _library() -> Any:
     found.squizd_sources.restype = ctypes.c_char_p
     if found.squizd_sources().decode() != sources_digest():
         return "its transfers were compiled from other sources than are here (python -m squizd.kernels.build)"
-    for name in ("squizd_transfer_open", "squizd_shelf_open"):
+    for name in ("squizd_transfer_open", "squizd_shelf_open", "squizd_exchange_open"):
         getattr(found, name).restype = ctypes.c_void_p
+    found.squizd_exchange_box.restype = ctypes.c_uint64
+    for name in ("squizd_exchange_begin", "squizd_exchange_finish", "squizd_exchange_stop", "squizd_fetch"):
+        getattr(found, name).restype = None
     return found
 
 
@@ -81,25 +89,26 @@ class Transfer:
 
         OSError if there is no compiled library, or it cannot have the memory.
         """
-        self._native = _library()
-        if isinstance(self._native, str):
-            raise OSError(self._native)
+        self.native = _library()
+        if isinstance(self.native, str):
+            raise OSError(self.native)
         cores = len(os.sched_getaffinity(0))
-        threads = int(os.environ.get("T_THREADS") or max(2, min(MOST_THREADS, cores // 2)))
-        spins = int(os.environ.get("T_SPINS") or (_SPINS if cores > threads else 0))
-        self._handle: int | None = self._native.squizd_transfer_open(
+        threads = max(2, min(MOST_THREADS, cores // 2))
+        spins = _SPINS if cores > threads else 0
+        self.handle: int | None = self.native.squizd_transfer_open(
             threads, spins, BUFFERS, ctypes.c_uint64(max(record_bytes, 1)), cuda.encode()
         )
-        if not self._handle:
+        if not self.handle:
             raise OSError(f"cannot have {BUFFERS} pinned buffers of {record_bytes} bytes")
         self._shelves: list[int] = []
+        self.before_close: list[Callable[[], None]] = []  # of those who use it
 
     def shelf(self, fd: int, parts: Sequence[tuple[Part, Bytes]], records: Sequence[Record]) -> int:
         """Describe a layer: each part of its records and the bank [slots, bytes] it goes to. A handle for `fetch`."""
         assert not any(part.widen for part, _ in parts)
         where = np.array([(p.offset, p.size, b.ctypes.data, b.strides[0]) for p, b in parts], np.uint64)
         what = np.array([(r.offset, r.stored_size, r.digest) for r in records], np.uint64)
-        handle: int = self._native.squizd_shelf_open(
+        handle: int = self.native.squizd_shelf_open(
             fd, len(where), ctypes.c_void_p(where.ctypes.data), len(what), ctypes.c_void_p(what.ctypes.data)
         )
         self._shelves.append(handle)
@@ -110,27 +119,34 @@ class Transfer:
         count = len(taken)
         kind = ctypes.c_int * count
         status = kind()
-        self._native.squizd_fetch(
-            ctypes.c_void_p(self._handle),
+        self.native.squizd_fetch(
+            ctypes.c_void_p(self.handle),
             ctypes.c_void_p(shelf),
             count,
             kind(*[expert for expert, _ in taken]),
             kind(*[slot for _, slot in taken]),
             status,
         )
-        return [code and (_REASONS.get(code) or os.strerror(code)) or "" for code in status]
+        return [self.reason(code) if code else "" for code in status]
+
+    @staticmethod
+    def reason(status: int) -> str:
+        """What a status of native code means."""
+        return _REASONS.get(status) or os.strerror(status)
 
     def settle(self) -> list[tuple[int, int, str]]:
         """Wait for all digests: (shelf, expert, reason) of every record fetched since the last call that fails."""
         shelves, experts = (ctypes.c_void_p * _MOST_FAILURES)(), (ctypes.c_int * _MOST_FAILURES)()
-        count = self._native.squizd_settle(ctypes.c_void_p(self._handle), _MOST_FAILURES, shelves, experts)
+        count = self.native.squizd_settle(ctypes.c_void_p(self.handle), _MOST_FAILURES, shelves, experts)
         found = min(count, _MOST_FAILURES)
-        return [(int(shelves[i] or 0), int(experts[i]), _WRONG_DIGEST) for i in range(found)]
+        return [(int(shelves[i] or 0), int(experts[i]), _REASONS[_WRONG_DIGEST]) for i in range(found)]
 
     def close(self) -> None:
         """End the threads and free the buffers; twice is fine."""
-        handle, self._handle = self._handle, None
+        handle, self.handle = self.handle, None
         if handle:
-            self._native.squizd_transfer_close(ctypes.c_void_p(handle))
+            for call in self.before_close:
+                call()
+            self.native.squizd_transfer_close(ctypes.c_void_p(handle))
             for shelf in self._shelves:
-                self._native.squizd_shelf_close(ctypes.c_void_p(shelf))
+                self.native.squizd_shelf_close(ctypes.c_void_p(shelf))

@@ -1,14 +1,28 @@
 #include "exchange.h"
 
+#include <stdexcept>
+
 namespace squizd {
+
+constexpr size_t PATIENT = 1 << 14;  // looks at all boxes before others may have the core
 
 Exchange::Exchange(Transfer& transfer, std::vector<Layer> layers)
     : transfer_(transfer), layers_(std::move(layers)), seen_(layers_.size(), 0) {
-  boxes_ = static_cast<Box*>(transfer_.shared(sizeof(Box) * std::max<size_t>(layers_.size(), 1)));
-  if (!boxes_) return;
+  const size_t count = std::max<size_t>(layers_.size(), 1);
+  void* memory = transfer_.shared(count * (sizeof(Box) + sizeof(*tables_)));
+  if (!memory) return;
+  boxes_ = static_cast<Box*>(memory);
+  tables_ = reinterpret_cast<uint64_t(*)[MOST_PARTS][4]>(boxes_ + count);
   for (size_t i = 0; i < layers_.size(); i++) {
-    boxes_[i].sent = boxes_[i].answered = boxes_[i].lost = 0;
-    boxes_[i].patience = 1000;
+    Box& box = *new (boxes_ + i) Box{};
+    box.patience = 1000;
+    for (const Part& part : layers_[i].shelf->parts) {
+      const uint64_t row[] = {part.offset, part.size, reinterpret_cast<uint64_t>(part.to), part.stride};
+      for (uint64_t number : row)
+        if ((transfer_.on_gpu() && number % UNIT) || box.parts == MOST_PARTS) throw std::invalid_argument("a part that is not made of whole units");
+      std::copy(std::begin(row), std::end(row), tables_[i][box.parts++]);
+    }
+    box.table = tables_[i];
   }
   thread_ = std::thread([this] { serve(); });
 }
@@ -29,6 +43,7 @@ void Exchange::begin(uint32_t patience) {
   idle_.wait(lock, [&] { return !busy_; });
   failure_ = {};
   served_ = 0;
+  patience_ = patience;
   for (size_t i = 0; i < layers_.size(); i++) {
     boxes_[i].lost = 0;
     boxes_[i].patience = patience;
@@ -39,7 +54,14 @@ void Exchange::begin(uint32_t patience) {
 }
 
 Exchange::Failure Exchange::finish(int expected) {
-  while (served_.load(std::memory_order_acquire) < expected) {
+  const auto patience = std::chrono::milliseconds(patience_) + std::chrono::seconds(1);
+  auto moved = std::chrono::steady_clock::now();
+  for (int before = 0, now; (now = served_.load(std::memory_order_acquire)) < expected;) {
+    if (now != before) before = now, moved = std::chrono::steady_clock::now();
+    if (std::chrono::steady_clock::now() - moved > patience) {  // a GPU that failed asks no more
+      stop();
+      return failure_.status ? failure_ : Failure{0, 0, LOST};
+    }
     std::unique_lock lock(mutex_);
     idle_.wait_for(lock, std::chrono::microseconds(200), [&] { return served_.load() >= expected; });
   }
@@ -75,7 +97,8 @@ void Exchange::serve() {
         served_.fetch_add(1, std::memory_order_release);
         idle = 0;
       } else if (++idle % (64 * layers_.size()) == 0) {
-        pause();
+        give_up();
+        idle > PATIENT * layers_.size() ? std::this_thread::yield() : pause();
       }
       if (++next == layers_.size()) next = 0;
     }
@@ -85,29 +108,59 @@ void Exchange::serve() {
   }
 }
 
+// Once the GPU has waited in vain it need not wait again: the token is lost.
+void Exchange::give_up() {
+  bool lost = false;
+  for (size_t i = 0; i < layers_.size(); i++) lost |= boxes_[i].lost != 0;
+  for (size_t i = 0; lost && i < layers_.size(); i++) boxes_[i].patience = 0;
+}
+
 void Exchange::answer(int index) {
   Layer& layer = layers_[size_t(index)];
   Box& box = boxes_[index];
   std::atomic_thread_fence(std::memory_order_acquire);
   const uint32_t number = box.sent;
+  for (const uint8_t* data : lent_) transfer_.give(data);  // the GPU is past them, or it could not ask again
+  lent_.clear();
   uint32_t ids[MOST_CHOICES], slots[MOST_CHOICES] = {};
+  int missing[MOST_CHOICES], into[MOST_CHOICES], count = 0;
   for (int i = 0; i < layer.choices; i++) ids[i] = box.experts[i];
-  if (!failure_.status) {  // after a failure nobody will see what is computed
-    int expert = 0;
-    for (int i = 0; i < layer.choices && !failure_.status; i++)
-      if (ids[i] >= layer.slot_of.size()) failure_ = {index, int(ids[i]), NO_EXPERT};
-    if (!failure_.status)
-      if (const int status = place(index, ids, slots); status) failure_ = {index, expert = int(slots[0]), status}, slots[0] = 0;
-  }
+  for (int i = 0; i < layer.choices && !failure_.status; i++)
+    if (ids[i] >= layer.slot_of.size()) failure_ = {index, int(ids[i]), NO_EXPERT};
+  if (!failure_.status) count = place(layer, ids, slots, missing, into);  // after a failure nobody will see what is computed
   for (int i = 0; i < layer.choices; i++) box.slots[i] = slots[i];
+  for (int i = 0; i < count; i++) box.coming[i].slot = uint32_t(into[i]);
+  box.count = uint32_t(count);
   std::atomic_thread_fence(std::memory_order_seq_cst);
   seen_[size_t(index)] = number;
   box.answered = number;
+  if (count) deliver(index, number, count, missing, into);
 }
 
-// The slots of one token's experts, reading what is missing; or a status, with the expert in slots[0].
-int Exchange::place(int index, const uint32_t* ids, uint32_t* slots) {
+// Read what is missing, and tell the GPU of each record as it is there.
+void Exchange::deliver(int index, uint32_t number, int count, const int* missing, const int* into) {
   Layer& layer = layers_[size_t(index)];
+  Box& box = boxes_[index];
+  const auto began = std::chrono::steady_clock::now();
+  transfer_.lend(layer.shelf, count, missing, [&](int i, const uint8_t* data, int status) {
+    if (data) lent_.push_back(data);
+    box.coming[i].source = reinterpret_cast<uint64_t>(data);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    box.coming[i].ready = number;
+    if (!status) {
+      layer.counts.misses++;
+      layer.counts.bytes += layer.shelf->records[size_t(missing[i])].size;
+      return;
+    }
+    layer.slot_of[size_t(missing[i])] = layer.expert_in[size_t(into[i])] = -1;
+    layer.used[size_t(into[i])] = 0;
+    if (!failure_.status) failure_ = {index, missing[i], status};
+  });
+  layer.counts.nanoseconds += uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count());
+}
+
+// Slots for one token's experts. Those that are missing are given one each; returns how many.
+int Exchange::place(Layer& layer, const uint32_t* ids, uint32_t* slots, int* missing, int* into) {
   const int k = layer.choices;
   const uint64_t now = ++clock_;
   for (int i = 0; i < k; i++) {
@@ -117,7 +170,7 @@ int Exchange::place(int index, const uint32_t* ids, uint32_t* slots) {
     layer.used[size_t(slot)] = now;
   }
   layer.recall.see(ids, k);
-  int missing[MOST_CHOICES], into[MOST_CHOICES], status[MOST_CHOICES], count = 0;
+  int count = 0;
   for (int i = 0; i < k; i++) {
     const int expert = int(ids[i]);
     if (layer.slot_of[size_t(expert)] >= 0) continue;
@@ -137,25 +190,8 @@ int Exchange::place(int index, const uint32_t* ids, uint32_t* slots) {
     layer.used[size_t(victim)] = now;
     missing[count] = expert, into[count] = victim, count++;
   }
-  if (count) {
-    const auto began = std::chrono::steady_clock::now();
-    transfer_.fetch(layer.shelf, count, missing, into, status);
-    layer.counts.nanoseconds += uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count());
-    int failed = 0, first = 0;
-    for (int i = count; i-- > 0;) {
-      if (!status[i]) {
-        layer.counts.misses++;
-        layer.counts.bytes += layer.shelf->records[size_t(missing[i])].size;
-        continue;
-      }
-      layer.slot_of[size_t(missing[i])] = layer.expert_in[size_t(into[i])] = -1;
-      layer.used[size_t(into[i])] = 0;
-      failed = status[i], first = missing[i];
-    }
-    if (failed) return slots[0] = uint32_t(first), failed;
-  }
   for (int i = 0; i < k; i++) slots[i] = uint32_t(layer.slot_of[ids[i]]);
-  return 0;
+  return count;
 }
 
 }  // namespace squizd

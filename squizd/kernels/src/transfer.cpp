@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 
 #include "hash.h"
 
@@ -29,13 +30,14 @@ struct Transfer::Task {
   size_t begin, end;
   std::atomic<int> state{WAITING};
   int status = 0;
-  enum { WAITING, READ, COPIED };
+  enum { WAITING, READ };
 };
 
 struct Transfer::Job {
   const Shelf* shelf = nullptr;
   int expert = 0, slot = 0, status = 0;
-  uint8_t* buffer = nullptr;
+  size_t buffer = 0;
+  uint8_t* data = nullptr;
   const Record& record() const { return shelf->records[size_t(expert)]; }
 };
 
@@ -55,11 +57,11 @@ Transfer::Transfer(int threads, int spins, int buffers, size_t buffer_bytes, con
   for (int i = 0; i < buffers; i++) {
     void* memory = nullptr;
     if (on_gpu_ ? cuda_.alloc(&memory, size_, 0) != 0 : posix_memalign(&memory, 4096, size_) != 0) return;
-    all_.push_back(static_cast<uint8_t*>(memory));
+    free_.push_back(buffers_.size());
+    buffers_.push_back({static_cast<uint8_t*>(memory), 0});
   }
-  free_ = all_;
   for (int i = 0; i < threads; i++) threads_.emplace_back([this] { help(); });
-  good_ = !threads_.empty() && !all_.empty();
+  good_ = !threads_.empty() && !buffers_.empty();
 }
 
 Transfer::~Transfer() {
@@ -71,37 +73,106 @@ Transfer::~Transfer() {
   wake_.notify_all();
   for (auto& thread : threads_) thread.join();
   if (stream_) cuda_.destroy(stream_);
-  for (uint8_t* memory : all_) on_gpu_ ? void(cuda_.free(memory)) : ::free(memory);
+  for (const Buffer& buffer : buffers_) release(buffer.data);
+}
+
+template <class Arrived>
+void Transfer::run(Round& round, const Arrived& arrived) {
+  round_.store(&round);
+  announce();
+  for (Task& task : round.tasks) {
+    for (int spins = 0; task.state.load(std::memory_order_acquire) == Task::WAITING; spins++)
+      spins < spins_ ? pause() : std::this_thread::yield();
+    arrived(task, round.jobs[size_t(task.job)]);
+  }
+  round_.store(nullptr);
+  while (inside_.load() > 0) pause();
+}
+
+// Puts as many records into a round as there is memory for, at least one; returns how many.
+int Transfer::fill(Round& round, const Shelf* shelf, int count, const int* experts, const int* slots) {
+  std::unique_lock lock(mutex_);
+  returned_.wait(lock, [&] { return !free_.empty(); });
+  const int some = std::min<int>(count, int(free_.size()));
+  round.jobs.resize(size_t(some));
+  for (int i = 0; i < some; i++) {
+    Job& job = round.jobs[size_t(i)];
+    job.shelf = shelf, job.expert = experts[i], job.slot = slots ? slots[i] : 0;
+    job.buffer = free_.back();
+    free_.pop_back();
+    job.data = buffers_[job.buffer].data;
+    for (size_t at = 0; at < job.record().size; at += CHUNK) {
+      Task& task = round.tasks.emplace_back();
+      task.job = i, task.begin = at, task.end = std::min<size_t>(at + CHUNK, job.record().size);
+    }
+  }
+  return some;
 }
 
 void Transfer::fetch(const Shelf* shelf, int count, const int* experts, const int* slots, int* status) {
   for (int done = 0; done < count;) {
     Round round;
-    {
-      std::unique_lock lock(mutex_);
-      hashed_.wait(lock, [&] { return !free_.empty(); });
-      const int some = std::min<int>(count - done, int(free_.size()));
-      round.jobs.resize(size_t(some));
-      for (int i = 0; i < some; i++) {
-        Job& job = round.jobs[size_t(i)];
-        job.shelf = shelf, job.expert = experts[done + i], job.slot = slots[done + i];
-        job.buffer = free_.back();
-        free_.pop_back();
-        for (size_t at = 0; at < job.record().size; at += CHUNK) {
-          Task& task = round.tasks.emplace_back();
-          task.job = i, task.begin = at, task.end = std::min<size_t>(at + CHUNK, job.record().size);
-        }
-      }
-    }
-    carry(round);
-    for (const Job& job : round.jobs) status[done++] = job.status;
+    const int some = fill(round, shelf, count - done, experts + done, slots + done);
+    // The threads read; this one copies what is read, so that CUDA is called by one thread only.
+    run(round, [&](const Task& task, Job& job) {
+      if (!job.status) job.status = task.status ? task.status : copy(job, task);
+    });
+    if (on_gpu_ && cuda_.wait(stream_) != 0)
+      for (Job& job : round.jobs)
+        if (!job.status) job.status = CUDA_FAILED;
+    finish(round);
+    for (int i = 0; i < some; i++) status[done++] = round.jobs[size_t(i)].status;
   }
+}
+
+void Transfer::lend(const Shelf* shelf, int count, const int* experts, const Ready& ready) {
+  for (int done = 0; done < count;) {
+    Round round;
+    const int some = fill(round, shelf, count - done, experts + done, nullptr);
+    run(round, [&](const Task& task, Job& job) {
+      if (!job.status) job.status = task.status;
+      if (task.end < job.record().size) return;
+      if (!job.status) {
+        std::lock_guard lock(mutex_);
+        buffers_[job.buffer].holders++;
+      }
+      ready(done + task.job, job.status ? nullptr : job.data, job.status);
+    });
+    finish(round);
+    done += some;
+  }
+}
+
+void Transfer::give(const uint8_t* data) {
+  {
+    std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < buffers_.size(); i++)
+      if (buffers_[i].data == data) let_go(i);
+  }
+  returned_.notify_all();
+}
+
+void Transfer::let_go(size_t buffer) {
+  if (--buffers_[buffer].holders == 0) free_.push_back(buffer);
+}
+
+// What arrived is hashed, what did not is free again.
+void Transfer::finish(Round& round) {
+  {
+    std::lock_guard lock(mutex_);
+    for (const Job& job : round.jobs) {
+      buffers_[job.buffer].holders++;
+      if (job.status) let_go(job.buffer);
+      else to_hash_.push_back(job);
+    }
+  }
+  announce();
 }
 
 std::vector<Rejected> Transfer::settle() {
   std::unique_lock lock(mutex_);
-  hashed_.wait(lock, [&] { return to_hash_.empty() && hashing_ == 0; });
-  return std::move(rejected_);
+  returned_.wait(lock, [&] { return to_hash_.empty() && hashing_ == 0; });
+  return std::exchange(rejected_, {});
 }
 
 void* Transfer::shared(size_t size) {
@@ -111,36 +182,13 @@ void* Transfer::shared(size_t size) {
 
 void Transfer::release(void* memory) { on_gpu_ ? void(cuda_.free(memory)) : ::free(memory); }
 
-// The threads read; this one copies what is read, in order, so that CUDA is called by one thread only.
-void Transfer::carry(Round& round) {
-  round_.store(&round);
-  announce();
-  for (Task& task : round.tasks) {
-    while (task.state.load(std::memory_order_acquire) == Task::WAITING) pause();
-    Job& job = round.jobs[size_t(task.job)];
-    if (!job.status) job.status = task.status ? task.status : copy(job, task);
-  }
-  round_.store(nullptr);
-  while (inside_.load() > 0) pause();
-  const bool arrived = !on_gpu_ || cuda_.wait(stream_) == 0;
-  {
-    std::lock_guard lock(mutex_);
-    for (Job& job : round.jobs) {
-      if (!arrived && !job.status) job.status = CUDA_FAILED;
-      if (job.status) free_.push_back(job.buffer);
-      else to_hash_.push_back(job);
-    }
-  }
-  announce();
-}
-
 int Transfer::copy(const Job& job, const Task& task) const {
   for (const Part& part : job.shelf->parts) {
     const size_t from = std::max(task.begin, part.offset), to = std::min(task.end, part.offset + part.size);
     if (from >= to) continue;
     uint8_t* target = part.to + part.stride * size_t(job.slot) + (from - part.offset);
-    if (!on_gpu_) memcpy(target, job.buffer + from, to - from);
-    else if (cuda_.copy(target, job.buffer + from, to - from, 1, stream_) != 0) return CUDA_FAILED;  // 1: host to device
+    if (!on_gpu_) memcpy(target, job.data + from, to - from);
+    else if (cuda_.copy(target, job.data + from, to - from, 1, stream_) != 0) return CUDA_FAILED;  // 1: host to device
   }
   return 0;
 }
@@ -178,7 +226,7 @@ void Transfer::read(Round& round) {
     Task& task = round.tasks[i];
     const Job& job = round.jobs[size_t(task.job)];
     for (size_t at = task.begin; at < task.end && !task.status;) {
-      const ssize_t n = pread(job.shelf->fd, job.buffer + at, task.end - at, off_t(job.record().offset + at));
+      const ssize_t n = pread(job.shelf->fd, job.data + at, task.end - at, off_t(job.record().offset + at));
       if (n > 0) at += size_t(n);
       else if (n == 0) task.status = CUT_SHORT;
       else if (errno != EINTR) task.status = errno;
@@ -198,15 +246,15 @@ bool Transfer::hash() {
     hashing_++;
   }
   squizd::Hash hash;
-  hash.add(job.buffer, job.record().size);
+  hash.add(job.data, job.record().size);
   const bool same = hash.digest() == job.record().digest;
   {
     std::lock_guard lock(mutex_);
     hashing_--;
     if (!same) rejected_.push_back({job.shelf, job.expert});
-    free_.push_back(job.buffer);
+    let_go(job.buffer);
   }
-  hashed_.notify_all();
+  returned_.notify_all();
   return true;
 }
 

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -66,10 +67,17 @@ class Transfer {
   ~Transfer();
   Transfer(const Transfer&) = delete;
   bool good() const { return good_; }
+  bool on_gpu() const { return on_gpu_; }
 
   // Reads experts into slots; `status` says what became of each. Returns when all bytes are there or have failed; digests
   // may still be computed. Calls must not overlap.
   void fetch(const Shelf* shelf, int count, const int* experts, const int* slots, int* status);
+
+  // Reads experts into pinned memory, for a GPU that fetches them itself: `ready(i, data, status)` is called for each in turn as
+  // its bytes are there (data is null if they are not). Who got data gives it back to `give`.
+  using Ready = std::function<void(int, const uint8_t*, int)>;
+  void lend(const Shelf* shelf, int count, const int* experts, const Ready& ready);
+  void give(const uint8_t* data);
 
   // Waits for all digests, and returns the records that do not match theirs.
   std::vector<Rejected> settle();
@@ -83,7 +91,11 @@ class Transfer {
   struct Job;
   struct Round;
 
-  void carry(Round& round);
+  // Reads all of a round and calls `arrived` for each task in turn; it may set its job's status.
+  template <class Arrived>
+  void run(Round& round, const Arrived& arrived);
+  int fill(Round& round, const Shelf* shelf, int count, const int* experts, const int* slots);
+  void finish(Round& round);
   int copy(const Job& job, const Task& task) const;
   void announce();
   void help();
@@ -95,10 +107,17 @@ class Transfer {
   bool on_gpu_ = false, good_ = false;
   const int spins_;
   const size_t size_;
-  std::vector<uint8_t*> all_, free_;
+  struct Buffer {
+    uint8_t* data;
+    int holders;  // of what is in it: the one who fetches it, and its digest
+  };
+  void let_go(size_t buffer);  // with `mutex_`
+
+  std::vector<Buffer> buffers_;
+  std::vector<size_t> free_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
-  std::condition_variable wake_, hashed_;
+  std::condition_variable wake_, returned_;
   std::atomic<unsigned> news_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int> inside_{0};

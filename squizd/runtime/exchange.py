@@ -1,0 +1,241 @@
+"""A token that runs through the GPU without stopping at the host: see `kernels/src/exchange.h`.
+
+In place of a read-back, each paged layer has a kernel that writes the router's choice into host memory and waits
+there for the slots, which a thread of the compiled library answers within microseconds; a second kernel copies what
+is missing from pinned memory into its slot as it is read. Python builds the graph of the whole token meanwhile. A
+kernel that waits longer than `PATIENCE` goes on, and the token fails. Native code then decides what lies in which slot, until `give_back`: as with `lending`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import ExpertReadError, ReadError, RequestError
+from .policy import FOLLOWING, MEMORY, STEPS, WEIGHT
+
+if TYPE_CHECKING:
+    from .pager import Pager, Slots
+    from .transfer import Transfer
+
+PATIENCE, FIRST_PATIENCE = 60_000, 200  # milliseconds; the first token is a trial
+MOST_CHOICES = 30
+_BAD_CHOICE = -4
+
+# (choice, address of the box) -> slots, both uint32 [k]: how a computation sends its choice and waits for the slots.
+Lock = AbstractContextManager[bool]
+Ask = Callable[[mx.array, mx.array], mx.array]
+
+# In 32-bit words of a Box: see kernels/src/exchange.h.
+_ASK = """
+    volatile unsigned* box = reinterpret_cast<volatile unsigned*>(address[0]);
+    const unsigned i = threadIdx.x;
+    if (i < K) box[1 + i] = chosen[i];
+    __threadfence_system();
+    __syncwarp();
+    if (i == 0) {
+      const unsigned number = box[0] + 1;
+      box[0] = number;
+      unsigned long long began, now;
+      asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+      while (box[32] != number) {
+        __nanosleep(100);
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+        if (now - began > box[63] * 1000000ull) {
+          box[31] = 1;
+          break;
+        }
+      }
+      __threadfence_system();
+    }
+    __syncwarp();
+    if (i < K) slots[i] = box[31] ? 0 : box[33 + i];
+"""
+_FETCH = """
+    volatile unsigned* box = reinterpret_cast<volatile unsigned*>(address[0]);
+    if (blockIdx.x == 0 && threadIdx.x < K) out[threadIdx.x] = slots[threadIdx.x];
+    __shared__ unsigned count, parts, number, lost;
+    __shared__ unsigned long long table[64];
+    if (threadIdx.x == 0) {
+      count = box[64];
+      parts = box[65];
+      number = box[32];
+      lost = box[31];
+    }
+    __syncthreads();
+    if (count == 0 || lost) return;
+    if (threadIdx.x < 4 * parts)
+      table[threadIdx.x] = (*reinterpret_cast<volatile unsigned long long* volatile*>(box + 66))[threadIdx.x];
+    const unsigned first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+    for (unsigned r = 0; r < count; r++) {
+      volatile unsigned* coming = box + 68 + 4 * r;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        unsigned long long began, now;
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+        while (coming[3] != number) {
+          __nanosleep(200);
+          asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+          if (now - began > box[63] * 1000000ull) {
+            box[31] = lost = 1;
+            break;
+          }
+        }
+        __threadfence_system();
+      }
+      __syncthreads();
+      if (lost) return;
+      const unsigned long long source = coming[0] | static_cast<unsigned long long>(coming[1]) << 32;
+      const unsigned long long slot = coming[2];
+      if (source == 0) continue;
+      for (unsigned p = 0; p < parts; p++) {
+        const uint4* from = reinterpret_cast<const uint4*>(source + table[4 * p]);
+        uint4* to = reinterpret_cast<uint4*>(table[4 * p + 2] + table[4 * p + 3] * slot);
+        const unsigned units = table[4 * p + 1] / 16;
+        for (unsigned i = first; i < units; i += step) to[i] = __ldcv(from + i);
+      }
+    }
+"""
+_BLOCKS, _THREADS = 64, 256
+
+
+def cuda_ask() -> Ask:
+    """`Ask` as two CUDA kernels: one warp that asks and waits, and blocks that copy what is missing into its slots."""
+    make: Any = mx.fast.cuda_kernel
+    asking = make(name="squizd_ask", input_names=["chosen", "address"], output_names=["slots"], source=_ASK)
+    fetching = make(name="squizd_fetch", input_names=["slots", "address"], output_names=["out"], source=_FETCH)
+
+    def ask(chosen: mx.array, address: mx.array) -> mx.array:
+        options = {
+            "template": [("K", chosen.size)],
+            "output_shapes": [(chosen.size,)],
+            "output_dtypes": [mx.uint32],
+        }
+        (slots,) = asking(inputs=[chosen, address], grid=(32, 1, 1), threadgroup=(32, 1, 1), **options)
+        grid, block = (_BLOCKS * _THREADS, 1, 1), (_THREADS, 1, 1)
+        (slots,) = fetching(inputs=[slots, address], grid=grid, threadgroup=block, **options)
+        return slots  # type: ignore[no-any-return]
+
+    return ask
+
+
+class Exchange:
+    """The paged layers of one model in the hands of native code; the pager's borrower between tokens."""
+
+    def __init__(self, pager: Pager, layers: Sequence[tuple[Slots, int]], ask: Ask, lock: Lock) -> None:
+        """`layers`: slots, and how many experts a token has. `lock`: held for a whole token.
+
+        OSError if native code cannot serve these.
+        """
+        self._pager, self._ask, self._lock = pager, ask, lock
+        self._slots = [slots for slots, _ in layers]
+        transfer = pager.transfer
+        if transfer is None or any(slots.shelf_handle is None for slots in self._slots):
+            raise OSError("its experts are stored in a way that only Python reads")
+        self._transfer: Transfer = transfer
+        shape = np.array([(slots.count, k) for slots, k in layers], np.int32)
+        steps, following = np.array(STEPS, np.uint64), np.array(FOLLOWING, np.uint64)
+        handles = (ctypes.c_void_p * len(layers))(*[slots.shelf_handle for slots in self._slots])
+        self._handle: int | None = transfer.native.squizd_exchange_open(
+            ctypes.c_void_p(transfer.handle), len(layers), handles, _pointer(shape), len(steps), _pointer(steps),
+            len(following), _pointer(following), ctypes.c_uint64(WEIGHT), MEMORY,
+        )  # fmt: skip
+        if not self._handle:
+            raise OSError("it has layers with more choices than slots, or than there is room for")
+        transfer.before_close.append(self._close)
+        native = transfer.native
+        boxes = [native.squizd_exchange_box(ctypes.c_void_p(self._handle), i) for i in range(len(layers))]
+        self._addresses = [mx.array(np.array([box], np.uint64)) for box in boxes]
+        mx.eval(self._addresses)
+        self._asked = 0
+
+    def rows(self, layer: int, indices: mx.array) -> mx.array:
+        """The slots of the experts `indices`, once it is computed and they are resident: uint32 of the same shape."""
+        self._asked += 1
+        chosen = indices.reshape(-1)
+        chosen = chosen if chosen.dtype == mx.uint32 else chosen.astype(mx.uint32)
+        return self._ask(chosen, self._addresses[layer]).reshape(indices.shape)
+
+    def begin(self, trial: bool) -> None:
+        """A token begins."""
+        if self._pager.closed:
+            raise ReadError(f"{self._pager.file.path}: the model is closed")
+        if self._pager.borrower is not self:
+            self._pager.reclaim()
+            self._pager.stop_warming()
+            for index, slots in enumerate(self._slots):
+                self._arrange(index, slots)
+            self._pager.borrower = self
+        self._asked = 0
+        self._transfer.native.squizd_exchange_begin(self._at(), FIRST_PATIENCE if trial else PATIENCE)
+
+    def finish(self) -> None:
+        """All of the token is scheduled: wait until its experts are there and verified. Raises what failed first."""
+        failure = (ctypes.c_int * 3)()
+        self._transfer.native.squizd_exchange_finish(self._at(), self._asked, failure)
+        index, expert, status = failure
+        if not status:
+            return
+        slots, path = self._slots[index], self._pager.file.path
+        if status == _BAD_CHOICE:
+            raise RequestError(f"{slots.layer.path}: the router chose expert {expert}; there are {len(slots.records)}")
+        reason = self._transfer.reason(status)
+        raise ExpertReadError(path, slots.layer.layer, expert, slots.records[expert].offset, reason)
+
+    def abandon(self) -> None:
+        """The token came to nothing; the GPU is idle."""
+        self._transfer.native.squizd_exchange_stop(self._at())
+
+    def give_back(self) -> None:
+        """Let Python decide again, once no token is under way."""
+        with self._lock:
+            if self._pager.borrower is self:
+                self._collect()
+                self._pager.borrower = None
+
+    def _collect(self) -> None:
+        stats = self._pager.stats
+        for index, slots in enumerate(self._slots):
+            resident = np.empty(slots.count, np.int32)
+            counts, numbers = np.empty(len(slots.records), np.uint64), np.empty(8, np.uint64)
+            history = np.empty(MEMORY * MOST_CHOICES, np.uint32)
+            self._transfer.native.squizd_exchange_state(
+                self._at(), index, _pointer(resident), _pointer(counts), _pointer(history), _pointer(numbers)
+            )
+            token, choices, tokens, hits, misses, evictions, size, nanoseconds = numbers.tolist()
+            order = [(int(expert), slot) for slot, expert in enumerate(resident) if expert >= 0]
+            slots.restore(order, (counts.tolist(), token, history[: tokens * choices].tolist(), choices))
+            stats.hits += hits
+            stats.misses += misses
+            stats.evictions += evictions
+            stats.bytes_read += size
+            stats.read_seconds += nanoseconds / 1e9
+
+    def _arrange(self, index: int, slots: Slots) -> None:
+        counts, token, history, choices = slots.state()
+        pairs = np.array(list(slots.slot_of.items()), np.int32).reshape(-1, 2).T.copy()
+        weights, remembered = np.array(counts, np.uint64), np.array(history, np.uint32)
+        tokens = len(history) // choices if choices else 0
+        if self._transfer.native.squizd_exchange_arrange(
+            self._at(), index, pairs.shape[1], _pointer(pairs[0]), _pointer(pairs[1]), _pointer(weights),
+            token, _pointer(remembered), tokens, choices,
+        ):  # fmt: skip
+            raise AssertionError("Slots in a state that native code does not know")
+
+    def _at(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._handle)
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle:
+            mx.synchronize()
+            self._transfer.native.squizd_exchange_close(ctypes.c_void_p(handle))
+
+
+def _pointer(array: Any) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
