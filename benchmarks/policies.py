@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from squizd.runtime.budget import LayerDemand, by_need
-from squizd.runtime.policy import HALF_LIFE, LRU, ONE, STEPS, Fading, Policy
+from squizd.runtime.policy import HALF_LIFE, LRU, ONE, STEPS, Fading, Policy, Recall
 from squizd.runtime.simulation import Call, belady, curve, decode_calls, replay
 
 PIECE, PROMPT, ANSWER = 256, 128, 128
@@ -228,13 +228,15 @@ def policies(experts: int, profile: Trace, slots: int) -> dict[str, Callable[[in
         "half pinned by profile, LRU": lambda i: Pinned(pinned[i]),
         "half-life 8": lambda i: Counted(experts, {8: 1.0}),
         "half-life 16": lambda i: Counted(experts, {16: 1.0}),
-        "Fading (half-life 32)": lambda i: Fading(experts),
+        "half-life 32": lambda i: Counted(experts, {32: 1.0}),
+        "Fading (half-life 24)": lambda i: Fading(experts),
+        "Recall": lambda i: Recall(experts),
         "half-life 64": lambda i: Counted(experts, {64: 1.0}),
         "half-life 128": lambda i: Counted(experts, {128: 1.0}),
         "half-lives 8, 32, 256": lambda i: Counted(experts, {8: 0.25, 32: 1.0, 256: 0.5}),
-        "Fading, seeded by profile": lambda i: Fading(experts, prior[i]),
+        "Recall, seeded by profile": lambda i: Recall(experts, prior[i]),
         "half-life 32 + 0.2 profile": lambda i: Counted(experts, {32: 1.0}, 0.2 * profile[i]),
-        "half-life 32 + successors": lambda i: Successors(experts),
+        "half-life 24 + successors": lambda i: Successors(experts),
     }
 
 
@@ -280,7 +282,7 @@ def main() -> None:
             print(f"{policy:32}" + "".join(f"{cell:>16}" for cell in cells))
     print("\nslots by need, from the calibration text, as a share of the optimum with the same slots in every layer")
     pieces = streams_of(known)["switches"]["switches"]
-    curves: dict[str, Callable[[], Policy]] = {"LRU": LRU, "Fading": lambda: Fading(experts)}
+    curves: dict[str, Callable[[], Policy]] = {"LRU": LRU, "Recall": lambda: Recall(experts)}
     for policy, new in curves.items() if "need" in options.parts else ():
         demand = [LayerDemand(experts, choices, 1, tuple(curve(new, calls, choices, experts))) for calls in pieces]
         for name in ("75%", "50%", "25%"):

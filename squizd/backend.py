@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from .errors import BackendError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 def require() -> None:
@@ -31,3 +35,10 @@ def on_cuda() -> bool:
     import mlx.core as mx
 
     return not on_cpu() and bool(mx.cuda.is_available())
+
+
+def current_stream() -> mx.Stream:
+    """Where this thread computes by default."""
+    import mlx.core as mx
+
+    return mx.default_stream(mx.default_device())

@@ -18,16 +18,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import generate_step
 
 from . import container
 from .container.layout import Record
-from .container.reader import File, read_at
+from .container.reader import File
 from .errors import BudgetError, ReadError, RequestError
 from .runtime.budget import Budget, Demand, make_budget, parse_size
 from .runtime.load import demand_of, load_model, state
 from .runtime.pager import INLINE_BYTES, READERS
 from .runtime.profile import Profile, read_profile
+from .runtime.source import Source, open_source
 
 SHARES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0)
 _SAMPLE_BYTES = 256 << 20
@@ -155,19 +157,20 @@ def _disk(file: File, records: Sequence[Record]) -> tuple[float | None, float]:
     while len(chosen) > READERS and sum(r.stored_size for r in chosen) > _SAMPLE_BYTES:
         del chosen[len(chosen) // 2 :]
     fd = file.fileno()
-    cold = None
+    cold, source = None, open_source(file)
     if hasattr(os, "posix_fadvise"):
         for r in chosen:
             os.posix_fadvise(fd, r.offset, r.stored_size, os.POSIX_FADV_DONTNEED)
-        cold = _read_rate(fd, chosen)
-    return cold, max(_read_rate(fd, chosen) for _ in range(3))
+        cold = _read_rate(source, chosen)
+    return cold, max(_read_rate(source, chosen) for _ in range(3))
 
 
-def _read_rate(fd: int, records: Sequence[Record]) -> float:
+def _read_rate(source: Source, records: Sequence[Record]) -> float:
     def read(record: Record) -> int:
         if time.perf_counter() - began > _SAMPLE_SECONDS:
             return 0
-        if len(read_at(fd, record.offset, record.stored_size)) < record.stored_size:
+        source.announce(record.offset, record.stored_size)
+        if source.fill([np.empty(record.stored_size, np.uint8)], record.offset) < record.stored_size:
             raise ReadError(f"the file is cut short at byte {record.offset}")
         return record.stored_size
 

@@ -24,7 +24,7 @@ from .errors import RequestError
 from .generation import encode
 from .repack import repack
 from .runtime.load import load, state
-from .runtime.policy import Fading
+from .runtime.policy import Recall
 from .runtime.profile import MEMBER
 from .runtime.simulation import curve, decode_calls
 from .tracing import Routing, join, trace
@@ -241,7 +241,7 @@ def _hits(experts: npt.NDArray[Any], count: int) -> list[list[int]]:
     if len(experts) > _CURVE_TOKENS:
         starts = np.linspace(0, len(experts) - _PASSAGE, _CURVE_TOKENS // _PASSAGE).astype(int)
         used = np.concatenate([experts[start : start + _PASSAGE] for start in starts])
-    found = curve(lambda: Fading(count), decode_calls(used), experts.shape[1], count)
+    found = curve(lambda: Recall(count), decode_calls(used), experts.shape[1], count)
     best, points = 0, []
     for slots, hits in found:  # more slots never harm by more than chance: stored as never
         best = max(best, hits * len(experts) // len(used))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from squizd.runtime import io, pager
 from squizd.runtime.io import Part, Scatter, widen
 from squizd.runtime.pager import Pager, Slots
 from squizd.runtime.policy import LRU
+from squizd.runtime.source import Mapped, Positioned
 
 EXPERTS = 6
 LAYOUT = make_layout(
@@ -257,6 +259,26 @@ def test_closed_means_closed(path: Path) -> None:
         slots.acquire([1])
 
 
+@pytest.mark.parametrize("codec", [RAW, ZSTD])
+def test_what_must_be_decoded_goes_to_the_reading_threads(
+    tmp_path: Path, codec: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three experts at once: too little to read elsewhere, too much to decode here."""
+    slots, _ = open_slots(make_file(tmp_path / "m.squizd", codec), 3)
+    monkeypatch.setattr(pager, "INLINE_BYTES", 4 * 3 * LAYOUT.raw_size)
+    threads: set[int] = set()
+    read = slots._read
+
+    def watched(expert: int, slot: int) -> None:
+        threads.add(threading.get_ident())
+        read(expert, slot)
+
+    monkeypatch.setattr(slots, "_read", watched)
+    slots.acquire([0, 1, 2])
+    assert (threading.get_ident() in threads) == (codec == RAW)
+    slots.pager.close()
+
+
 PARTS = st.lists(st.tuples(st.integers(0, 70), st.integers(1, 90), st.sampled_from(["", "f16", "bf16"])), max_size=8)
 
 
@@ -278,9 +300,9 @@ def test_scatter_places_every_part(
     path = tmp_path / "record"
     path.write_bytes(b"....." + raw.tobytes())
     random.shuffle(parts)
-    targets = [np.zeros(part.target_bytes, np.uint8) for part in parts]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(io, "SCRATCH_BYTES", scratch // 4 * 4)
+        patched.setattr(io, "PIECE_BYTES", random.choice([8, 40, 1 << 19]))
         scatter = Scatter(parts, raw_size)
     assert scatter.scratch_bytes <= max([scratch // 4 * 4, tail, *(gap for gap, _, _ in drawn)])
     import xxhash
@@ -295,9 +317,24 @@ def test_scatter_places_every_part(
 
     fd = os.open(path, os.O_RDONLY)
     try:
-        scatter.read(Opened(), Record(5, raw_size, raw_size, RAW, xxhash.xxh64_intdigest(raw)), targets)  # type: ignore[arg-type]
+        for make in (Positioned, Mapped):
+            targets = [np.full(part.target_bytes, 7, np.uint8) for part in parts]
+            source = make(Opened())  # type: ignore[arg-type]
+            record = Record(5, raw_size, raw_size, RAW, xxhash.xxh64_intdigest(raw))
+            source.announce(record.offset, record.stored_size)
+            scatter.read(source, record, targets)
+            check_parts(raw, parts, targets)
+            with pytest.raises(ReadError, match=f"{raw_size} of {raw_size + 1} bytes, the file is cut short"):
+                Scatter([Part(0, raw_size + 1)], raw_size + 1).read(
+                    source, replace(record, stored_size=raw_size + 1), [np.zeros(raw_size + 1, np.uint8)]
+                )
+            source.close()
     finally:
         os.close(fd)
+
+
+def check_parts(raw: Any, parts: list[Part], targets: list[Any]) -> None:
+    """What lies in each target is its part of the record, widened if need be."""
     for part, target in zip(parts, targets, strict=True):
         stored = raw[part.offset : part.offset + part.size]
         if part.widen == "f16":

@@ -20,7 +20,7 @@ from squizd.kernels import replay as kernel_replay
 from squizd.runtime.budget import LayerDemand, by_need, spread
 from squizd.runtime.lending import make_shelf
 from squizd.runtime.load import load_model, state
-from squizd.runtime.policy import HALF_LIFE, LRU, ONE, Fading, Policy, settled
+from squizd.runtime.policy import HALF_LIFE, LRU, MEMORY, ONE, STEPS, Fading, Policy, Recall, settled
 from squizd.runtime.simulation import Call, belady, curve, decode_calls, replay
 from squizd.runtime.switch import PagedSwitch
 from squizd.tracing import join, trace
@@ -128,7 +128,7 @@ def test_many_tokens_at_once_count_as_one_by_one(tokens: list[list[int]], data: 
         flat = [e for token in tokens[:cut] for e in token]
         several.see(np.array(flat) if cut % 2 else flat, 3)
         tokens = tokens[cut:]
-    assert several.state() == single.state()
+    assert (several.counts, several.token) == (single.counts, single.token)
 
 
 def test_what_was_always_chosen_has_settled() -> None:
@@ -140,18 +140,76 @@ def test_what_was_always_chosen_has_settled() -> None:
     assert policy.counts[1] == 0
 
 
+# -- recall ----------------------------------------------------------------------------------------------
+
+
+def recalled(tokens: list[list[int]], experts: int) -> list[float]:
+    """What each expert counts after `tokens`, in choices made now: from its definition, in floating point."""
+    now, count = len(tokens) - 1, [0.0] * experts
+    for t, token in enumerate(tokens):
+        for e in token:
+            count[e] += 2 ** (-(now - t) / HALF_LIFE)
+    followed, alike = [0.0] * experts, 0.0
+    for s in range(max(0, len(tokens) - MEMORY), now):
+        common = 2 * len(set(tokens[s]) & set(tokens[now]))
+        if s > max(0, len(tokens) - MEMORY):
+            common += len(set(tokens[s - 1]) & set(tokens[now - 1]))
+        weight = max(0, common - 3) ** 4
+        alike += weight
+        for later in range(1, min(8, now - s) + 1):
+            for e in tokens[s + later]:
+                followed[e] += weight * 0.8**later
+    return [c + 25 * f / alike if alike else c for c, f in zip(count, followed, strict=True)]
+
+
+@given(tokens_of(9, 3, 700))
+@settings(deadline=None, max_examples=60)
+def test_recall_adds_what_followed_similar_tokens(tokens: list[list[int]]) -> None:
+    policy = Recall(9)
+    tokens = tokens[len(tokens) % HALF_LIFE == 0 :]  # not where counts have just been halved
+    for token in tokens:
+        policy.see(token, 3)
+    found = [score / STEPS[policy.token - 1] for score in policy.scores()]
+    np.testing.assert_allclose(found, recalled(tokens, 9) if tokens else [0] * 9, rtol=5e-3, atol=1e-2)
+
+
+def test_recall_keeps_what_comes_next_in_a_cycle() -> None:
+    """Pairs of experts in turns, more than there are slots: the optimum keeps all but one pair, LRU misses always."""
+    cycle: list[Call] = [np.array([[2 * (t % 5), 2 * (t % 5) + 1]]) for t in range(300)]
+    assert replay(LRU(), cycle, 8).hits == 0
+    assert replay(Recall(10), cycle, 8).hits > 0.9 * belady(cycle, 8).hits
+
+
+@given(tokens_of(8, 3, 90), st.data())
+@settings(deadline=None)
+def test_recall_of_many_tokens_is_that_of_one_by_one(tokens: list[list[int]], data: Any) -> None:
+    single, several = Recall(8), Recall(8)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("squizd.runtime.policy.MEMORY", 20)
+        for token in tokens:
+            single.see(token, 3)
+        while tokens:
+            cut = data.draw(st.integers(1, len(tokens)))
+            several.see(np.array([e for token in tokens[:cut] for e in token]), 3)
+            tokens = tokens[cut:]
+        assert several.state() == single.state()
+        assert several.scores() == single.scores()
+
+
 def test_a_state_can_be_handed_over() -> None:
     rng = np.random.default_rng(1)
-    one, two = Fading(6), Fading(6)
-    for _ in range(100):
+    one, two = Recall(6), Recall(6)
+    two.restore(list(one), one.state())
+    for _ in range(MEMORY + 50):
         token = rng.permutation(6)[:2].tolist()
         one.see(token, 2)
         for expert in token:
             one.use(expert)
-    two.restore(list(one), *one.state())
+    two.restore(list(one), one.state())
     assert list(two) == list(one)
     two.see([3, 4], 2)
     one.see([3, 4], 2)
+    assert two.state() == one.state()
     assert [one.evict(()) for _ in range(6)] == [two.evict(()) for _ in range(6)]
 
 
@@ -181,7 +239,7 @@ def test_belady_is_the_best_of_all(tokens: list[list[int]], slots: int) -> None:
     tally = belady(calls, slots)
     assert tally.hits == most_hits(tokens, slots)
     assert tally.hits + tally.misses == 2 * len(tokens)
-    for policy in (LRU(), Fading(5)):
+    for policy in (LRU(), Fading(5), Recall(5)):
         assert replay(policy, calls, slots).hits <= tally.hits
 
 
@@ -190,7 +248,7 @@ def test_belady_is_the_best_of_all(tokens: list[list[int]], slots: int) -> None:
 def test_no_policy_beats_belady_with_prompts(prompts: list[list[list[int]]], slots: int) -> None:
     calls = [np.array(tokens) for tokens in prompts]
     best = belady(calls, slots)
-    for policy in (LRU(), Fading(9)):
+    for policy in (LRU(), Fading(9), Recall(9)):
         tally = replay(policy, calls, slots)
         assert tally.hits <= best.hits
         assert tally.hits + tally.misses == best.hits + best.misses == sum(len(np.unique(c)) for c in calls)
@@ -234,7 +292,7 @@ def test_replays_count_what_the_pager_counts(
         calls = [experts[:40], *decode_calls(experts[40:])]
         if make is None and not kernels.missing():
             calls.insert(1, calls[1])  # the first token that could be replayed is: to compare bits
-        tally = replay(make() if make is not None else Fading(32), calls, count)
+        tally = replay(make() if make is not None else Recall(32), calls, count)
         hits, misses = hits + tally.hits, misses + tally.misses
     stats = state(model).stats
     assert (stats.hits, stats.misses) == (hits, misses)
@@ -274,9 +332,9 @@ def test_native_shelves_do_what_python_does(
     two_layers: Callable[..., Any], tokens: list[list[int]], handovers: list[int]
 ) -> None:
     """Any trace, with handovers to Python and back after some tokens."""
-    python, lent, shelf = two_layers(lambda: Fading(32, range(32)))
-    python.restore([], *python.policy.state())
-    lent.restore([], *lent.policy.state())
+    python, lent, shelf = two_layers(lambda: Recall(32, range(32)))
+    python.restore([], python.policy.state())
+    lent.restore([], lent.policy.state())
     shelf.arrange(lent.order(), *lent.state())
     shelf.take_counts()
     python.pager.stats.hits = python.pager.stats.misses = python.pager.stats.evictions = 0
@@ -286,16 +344,32 @@ def test_native_shelves_do_what_python_does(
         rows = shelf.place(token)
         assert len(set(rows)) == 4
         assert [expert for expert, _ in shelf.order()] == list(python.policy)
-        assert (shelf.weights(), shelf.token()) == python.policy.state()
+        assert shelf.state() == python.policy.state()
         for expert, slot in shelf.order():  # bytes, too
             if expert in token:
                 mine = [bank[python.slot_of[expert]].tobytes() for bank in python.banks]
                 assert [bank[slot].tobytes() for bank in lent.banks] == mine
         if step in handovers:
-            lent.restore(shelf.order(), shelf.weights(), shelf.token())
+            lent.restore(shelf.order(), shelf.state())
             shelf.arrange(lent.order(), *lent.state())
     stats = python.pager.stats
     assert shelf.take_counts()[:3] == (stats.hits, stats.misses, stats.evictions)
+
+
+def test_native_shelves_forget_what_python_forgets(two_layers: Callable[..., Any]) -> None:
+    """More tokens than are remembered, and more than there is room for."""
+    python, lent, shelf = two_layers(lambda: Recall(32))
+    python.restore([], python.policy.state())
+    shelf.arrange([], *lent.state())
+    rng = np.random.default_rng(2)
+    for step in range(5 * MEMORY):
+        token = (rng.permutation(8)[:4] + 4 * int(rng.integers(0, 7))).tolist()
+        python.policy.see(token, 4)
+        python.acquire(token)
+        shelf.place(token)
+        if step % 97 == 0:
+            assert [expert for expert, _ in shelf.order()] == list(python.policy)
+    assert shelf.state() == python.policy.state()
 
 
 # -- slots by need ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from squizd.repack import repack, same_payload
 from squizd.runtime import warm
 from squizd.runtime.budget import LayerDemand, by_need
 from squizd.runtime.load import load_model, state
-from squizd.runtime.policy import Fading
+from squizd.runtime.policy import Recall
 from squizd.runtime.profile import LayerProfile, read_profile
 from squizd.runtime.simulation import decode_calls, replay
 from squizd.runtime.switch import PagedSwitch
@@ -183,7 +183,7 @@ def test_a_profile_counts_what_the_routers_chose(file: Path, tmp_path: Path) -> 
         pairs = Counter(pair for token in chosen.tolist() for pair in combinations(token, 2))
         assert line["coactivation"] == [[a, b, n] for (a, b), n in sorted(pairs.items())]
         for slots, hits in line["hits_by_slots"]:
-            assert hits >= replay(Fading(32), decode_calls(chosen), slots).hits
+            assert hits >= replay(Recall(32), decode_calls(chosen), slots).hits
         assert line["hits_by_slots"][0][0] == 4
         assert line["hits_by_slots"][-1] == [32, 4 * len(chosen) - len(np.unique(chosen))]
     again = file.read_bytes()

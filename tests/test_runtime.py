@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from squizd.errors import ExpertReadError, ReadError, RequestError, SourceError
 from squizd.runtime.load import Residency, load_model, state
 from squizd.runtime.policy import LRU
 from squizd.runtime.switch import PagedSwitch
+from squizd.tracing import join, trace
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,37 @@ def test_any_indices_at_any_share_give_the_rows_of_the_whole(
         after = state(model).stats
         used = after.hits + after.misses - before.hits - before.misses
         assert used == len(np.unique(chosen))  # each once, read at most once
+
+
+class Counted:
+    """A source, and how often each extent was begun to be read from it."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.step, self.begun = source, source.step, Counter[int]()
+
+    def fill(self, buffers: Any, offset: int) -> int:
+        self.begun[offset] += 1
+        return int(self.source.fill(buffers, offset))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+
+def test_a_long_prompt_reads_each_needed_expert_once(tiny_file: Callable[..., Path]) -> None:
+    """2,000 tokens with a quarter of the experts resident; logits as with all of them."""
+    ids = mx.array([np.random.default_rng(3).integers(5, 2000, 2000).tolist()])
+    model, whole = (load_model(tiny_file(), resident=share, context=2010) for share in ("25%", "100%"))
+    assert state(model).prefill_step_size == 2048
+    pager = state(model)._pager
+    pager.source = counted = Counted(pager.source)
+    got = model(ids, cache=make_prompt_cache(model))
+    assert mx.array_equal(got, whole(ids, cache=make_prompt_cache(whole)))
+    file = state(model).file
+    starts = {file.expert(x.layer, e).offset for x in file.moe_layers for e in range(x.expert_count)}
+    begun = {offset: n for offset, n in counted.begun.items() if offset in starts}
+    assert set(begun.values()) == {1}
+    needed = join(next(iter(trace(whole, [ids[0].tolist()])))).experts
+    assert len(begun) == state(model).stats.misses == sum(len(np.unique(layer)) for layer in needed)
 
 
 def test_indices_need_not_be_contiguous(switch_file: Path, switch: SwitchGLU) -> None:

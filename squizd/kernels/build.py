@@ -114,7 +114,7 @@ def build(target: Path) -> Path:
     headers = [*binding, "-isystem", f"{mlx}/include", f'-DSQUIZD_SOURCES="{sources_digest()}"']
     for name in ("elementary", "program", "module", "primitives", "operations"):  # they arrange work: no loop is hot
         jobs[name] = [*_COMMON, "-O1", *headers, str(SOURCES / f"{name}.cpp")]
-    for name in ("shelf", "work", "choose"):
+    for name in ("shelf", "records", "recall", "work", "choose"):
         jobs[name] = [*_COMMON, str(SOURCES / f"{name}.cpp")]
     jobs["nanobind"] = [*_COMMON, "-O1", *binding, "-fno-strict-aliasing", str(nanobind / "src" / "nb_combined.cpp")]
     with tempfile.TemporaryDirectory() as folder:

@@ -69,7 +69,7 @@ class LayerDemand:
 class Workspace:
     """An upper bound of the memory that a forward pass takes besides weights and cache.
 
-    MLX holds copies of the residual stream and of the experts' rows; on CPU, where attention is not
+    MLX holds copies of the residual stream and of the experts' rows; on CPU, where its attention is not
     fused, some copies of its scores (heads × chunk × context); and where a model caches latents, keys and
     values expanded from them. The factors bound MLX's measured peak for qwen3_moe, gpt_oss, deepseek_v3 and
     nemotron_h on CPU, chunks of 1 to 512, contexts of 512 to 2048. A fifth is for buffers kept for reuse.
@@ -83,11 +83,12 @@ class Workspace:
     vocabulary: int
     item_bytes: int
     layers: int
+    fused: bool = False  # attention keeps no scores: squizd's kernels compute it
 
     def bytes(self, chunk: int, context: int) -> int:
         """For `chunk` tokens at the end of `context`."""
         row = (12 + 4 * self.top_k) * self.hidden + 6 * self.inner
-        scores = 7 * self.heads * context // 2
+        scores = 0 if self.fused else 7 * self.heads * context // 2
         expanded = 5 * self.latent_width * self.heads * context // 2
         sampling = 8 * self.vocabulary * 4  # one token's logits, probabilities and their order
         kept = self.layers << 18  # switch.KEPT_BYTES

@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+from ..backend import current_stream
 from ..errors import ExpertReadError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Deferral:
     def token(self, compute: Callable[[], mx.array], cache: list[Any]) -> mx.array:
         """`compute()`, whose switches defer. Raises ExpertReadError with nothing in flight and `cache` as before."""
         with self.lock:
-            mine = threading.get_ident(), mx.default_stream(mx.default_device())
+            mine = threading.get_ident(), current_stream()
             if self._last is not None and self._last[1] != mine:
                 self.settled()
             self._running, self._pending = mine, None

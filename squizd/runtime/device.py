@@ -22,8 +22,8 @@ from ..kernels import layers, replay
 from ..kernels.replay import Replay
 from . import transfer as transfers
 from .exchange import Ask, cuda_ask
-from .io import Bytes
 from .lending import Lending
+from .source import Bytes
 from .transfer import Transfer, cuda_library
 
 _TYPES: Final = {
@@ -107,6 +107,11 @@ def accelerate(model: nn.Module, lending: Lending | None = None) -> Replay | Non
         lending.shelve(kernels.native())
         return replay.install(model, lending)
     return None
+
+
+def fuses_attention() -> bool:
+    """Whether attention is computed without an array of its scores."""
+    return sys.platform == "linux" and on_cpu() and not kernels.missing()
 
 
 def scratch_bytes() -> int:

@@ -3,7 +3,8 @@
 In place of a read-back, each paged layer has a kernel that writes the router's choice into host memory and waits
 there for the slots, which a thread of the compiled library answers within microseconds; a second kernel copies what
 is missing from pinned memory into its slot as it is read. Python builds the graph of the whole token meanwhile. A
-kernel that waits longer than `PATIENCE` goes on, and the token fails. Native code then decides what lies in which slot, until `give_back`: as with `lending`.
+kernel that waits longer than `PATIENCE` goes on, and the token fails. Native code then decides what lies in which
+slot, until `give_back`: as with `lending`.
 """
 
 from __future__ import annotations

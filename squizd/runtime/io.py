@@ -1,13 +1,13 @@
-"""Bring one record's bytes from the file to where they are used: positioned, verified, converted. No MLX.
+"""Bring one record's bytes from the file to where they are used: verified, converted. No MLX.
 
-A record is read with `preadv` straight into its destinations; only parts that must be widened, and
-padding, pass through a small buffer of the reading thread. The XXH64 of the stored bytes is checked
-on every read. What lies in the destinations after an error is undefined: the caller must not use it.
+A record goes straight into its destinations; only parts that must be widened, and padding, pass through a
+small buffer of the reading thread. The XXH64 of the stored bytes is checked on every read, piece by piece while
+the system reads on. What lies in the destinations after an error is undefined: the caller must not use it.
+Where the bytes come from is a `source.Source`.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,12 @@ import xxhash
 
 from ..container import records
 from ..container.layout import RAW, Record
-from ..container.reader import File, read_at
 from ..errors import ReadError
+from .source import MOST_BUFFERS, Bytes, Source
 
 SCRATCH_BYTES = 4 << 20  # the most that one thread stages at once for raw records
 _WRONG_DIGEST = "the bytes do not match their digest"
-_MAX_BUFFERS = 512  # per preadv; POSIX lets a system stop at 1024 (IOV_MAX)
-
-Bytes = npt.NDArray[np.uint8]
+PIECE_BYTES = 1 << 19  # read at once, then hashed while the processor still has it in its cache
 
 
 @dataclass(frozen=True)
@@ -77,43 +75,46 @@ class Scatter:
         for index, part in sorted(enumerate(self.parts), key=lambda numbered: numbered[1].offset):
             if part.offset > end:
                 segments.append((-1, 0, part.offset - end))
-            block = SCRATCH_BYTES if part.widen else max(part.size, 1)
+            block = min(PIECE_BYTES, SCRATCH_BYTES)
             segments += [(index, at, min(block, part.size - at)) for at in range(0, part.size, block)]
             end = part.offset + part.size
         if raw_size > end:
             segments.append((-1, 0, raw_size - end))
-        self._steps: list[list[tuple[int, int, int]]] = [[]]  # one preadv each
-        self.scratch_bytes, staged = 0, 0
+        self._steps: list[list[tuple[int, int, int]]] = [[]]  # one read each
+        self.scratch_bytes = staged = together = 0
         for index, start, size in segments:
             cost = size if index < 0 or self.parts[index].widen else 0
-            if (staged and staged + cost > SCRATCH_BYTES) or len(self._steps[-1]) == _MAX_BUFFERS:
+            full = together + size > PIECE_BYTES or staged + cost > SCRATCH_BYTES
+            if (together and full) or len(self._steps[-1]) == MOST_BUFFERS:
                 self._steps.append([])
-                staged = 0
+                staged = together = 0
             self._steps[-1].append((index, start, size))
-            staged += cost
+            staged, together = staged + cost, together + size
             self.scratch_bytes = max(self.scratch_bytes, staged)
 
     def staging_bytes(self, codec: int, raw_size: int) -> int:
         """The most memory that one `read` of such a record needs besides its destinations."""
         return self.scratch_bytes if codec == RAW else 2 * raw_size
 
-    def read(self, file: File, record: Record, targets: Sequence[Bytes]) -> None:
+    def read(self, source: Source, record: Record, targets: Sequence[Bytes]) -> None:
         """Fill `targets`, one writable array of bytes per part, from `record`.
 
         Raises ReadError with only the reason as its text: the caller knows whose record it is.
         """
         try:
             if record.codec == RAW:
-                self._read_raw(file.fileno(), record, targets)
+                self._read_raw(source, record, targets)
             else:
-                self._read_encoded(file.fileno(), record, targets)
+                self._read_encoded(source, record, targets)
         except OSError as error:
             raise ReadError(error.strerror or str(error)) from error
 
-    def _read_encoded(self, fd: int, record: Record, targets: Sequence[Bytes]) -> None:
-        stored = read_at(fd, record.offset, record.stored_size)
-        if len(stored) < record.stored_size:
-            raise _cut_short(len(stored), record)
+    def _read_encoded(self, source: Source, record: Record, targets: Sequence[Bytes]) -> None:
+        buffer = np.empty(record.stored_size, np.uint8)
+        got = source.fill([buffer], record.offset)
+        if got < record.stored_size:
+            raise _cut_short(got, record)
+        stored = buffer.data
         if not records.check_digest(stored, record):
             raise ReadError(_WRONG_DIGEST)
         decoded, fault = records.decode(stored, record)
@@ -123,7 +124,7 @@ class Scatter:
         for part, target in zip(self.parts, targets, strict=True):
             _place(part, raw[part.offset : part.offset + part.size], target)
 
-    def _read_raw(self, fd: int, record: Record, targets: Sequence[Bytes]) -> None:
+    def _read_raw(self, source: Source, record: Record, targets: Sequence[Bytes]) -> None:
         digest, at = xxhash.xxh64(), record.offset
         scratch = _scratch.get(self.scratch_bytes)
         for step in self._steps:
@@ -140,7 +141,7 @@ class Scatter:
                     buffer = targets[index][start : start + size]
                 buffers.append(buffer)
                 wanted += size
-            got = _fill(fd, buffers, at, wanted)
+            got = source.fill(buffers, at)
             if got < wanted:
                 raise _cut_short(at - record.offset + got, record)
             for buffer in buffers:
@@ -161,19 +162,3 @@ def _place(part: Part, stored: Bytes, target: Bytes) -> None:
         widen(stored, part.widen, target)
     else:
         target[...] = stored
-
-
-def _fill(fd: int, buffers: list[Bytes], offset: int, wanted: int) -> int:
-    """Bytes read from `offset` into `buffers` one after another; fewer than `wanted` only at the end of the file."""
-    got = os.preadv(fd, buffers, offset)
-    while got < wanted:  # a signal, or more than the system reads at once
-        rest, skip = [], got
-        for buffer in buffers:
-            if skip < buffer.size:
-                rest.append(buffer[skip:])
-            skip = max(0, skip - buffer.size)
-        more = os.preadv(fd, rest, offset + got)
-        if more == 0:
-            break
-        got += more
-    return got

@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..container.layout import RAW
 from ..errors import ExpertReadError, ReadError
 from .pager import Pager, Slots
-from .policy import STEPS, Fading
+from .policy import FOLLOWING, MEMORY, STEPS, WEIGHT, Recall
 from .switch import PagedSwitch
 
 
@@ -95,7 +95,7 @@ class Lending:
             error = self._finish()
             stats = self._pager.stats
             for slots, shelf in self._shelves:
-                slots.restore(shelf.order(), shelf.weights(), shelf.token())
+                slots.restore(shelf.order(), shelf.state())
                 hits, misses, evictions, size, seconds = shelf.take_counts()
                 stats.hits += hits
                 stats.misses += misses
@@ -108,10 +108,10 @@ class Lending:
 
 
 def make_shelf(kernels: Any, slots: Slots) -> Any:
-    """The native counterpart of `slots`, or None: for raw records of one layout under Fading only."""
+    """The native counterpart of `slots`, or None: for raw records of one layout under Recall only."""
     records = slots.records
     layouts = {record.layout for record in records}
-    if len(layouts) != 1 or type(slots.policy) is not Fading or any(record.codec != RAW for record in records):
+    if len(layouts) != 1 or type(slots.policy) is not Recall or any(record.codec != RAW for record in records):
         return None
     scatter = slots.scatters[layouts.pop()]
     parts = sorted(zip(scatter.parts, slots.banks, strict=True), key=lambda pair: pair[0].offset)
@@ -122,5 +122,6 @@ def make_shelf(kernels: Any, slots: Slots) -> Any:
         [bank for _, bank in parts],
         [(part.offset, part.size, part.widen) for part, _ in parts],
         [(record.offset, record.stored_size, record.digest) for record in records],
-        list(STEPS),
+        (STEPS, FOLLOWING, WEIGHT, MEMORY),
+        slots.pager.source.step,
     )

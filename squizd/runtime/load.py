@@ -30,12 +30,12 @@ from .deferral import Deferral
 from .deferral import install as install_deferral
 from .exchange import Exchange
 from .fused import BOTH, GATE, UP, FusedSwitchGLU, fusable
-from .io import Bytes
 from .lending import Lending
 from .pager import READERS, Pager, Slots, Stats
 from .policy import Recall
 from .probe import Needs, probe
 from .profile import LayerProfile, Profile, read_profile
+from .source import Bytes, Source
 from .switch import PagedSwitch
 from .warm import Warmer
 
@@ -172,7 +172,7 @@ def load_model(
         budget = make_budget(demand, tokens, memory=limit, share=share, available=device.available_memory())
         pager.transfer = device.transfer(_largest_record(file))
         device.limit_buffer_cache(budget.workspace // 5)
-        _load_residents(blueprint, file)
+        _load_residents(blueprint, file, pager.source)
         policies = _policies(file, profile)
         paged = [
             _load_layer(blueprint, x, n, pager, policy)
@@ -268,7 +268,7 @@ def _demand(blueprint: Blueprint, needs: Needs, file: File, profile: Profile | N
     )
 
 
-def _load_residents(blueprint: Blueprint, file: File) -> None:
+def _load_residents(blueprint: Blueprint, file: File, source: Source) -> None:
     """Read every resident tensor into its array; encoded ones one after another, for they are staged whole."""
     arrays: list[tuple[str, mx.array]] = []
     jobs: list[tuple[Resident, list[Bytes]]] = []
@@ -284,7 +284,7 @@ def _load_residents(blueprint: Blueprint, file: File) -> None:
         resident, places = job
         views = device.drafts(places)
         try:
-            resident.scatter.read(file, resident.record, views)
+            resident.scatter.read(source, resident.record, views)
         except ReadError as error:
             where = f"{file.path}: {resident.tensor.name} at byte {resident.record.offset}"
             raise ReadError(f"{where}: {error}", hint="the file is damaged; fetch it again") from error

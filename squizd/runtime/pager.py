@@ -7,21 +7,27 @@ nothing in flight does.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from ..container.layout import RAW, MoeLayer, Record
 from ..container.reader import File
 from ..errors import ExpertReadError, ReadError, RequestError
-from .io import Bytes, Scatter
+from .io import Scatter
 from .policy import Policy, Recall, State
+from .source import Bytes, Source, open_source
 from .transfer import Transfer
 
 READERS = 4  # threads; on a 2-core VM eight gave no more than four
 INLINE_BYTES = 1 << 18  # below this, handing reads to threads costs more than reading
+DECODING = 8  # a decoded byte takes as long as so many that are only read
+AHEAD_BYTES = 1 << 24  # announced to the system beside what is being read
+_ONE_READ = 1 << 17  # bytes that a system brings in at once without being told
 
 
 @dataclass
@@ -60,8 +66,9 @@ class Background(Protocol):
 class Pager:
     """Reader threads and statistics of one open file."""
 
-    def __init__(self, file: File, readers: int = READERS) -> None:
+    def __init__(self, file: File, readers: int = READERS, source: Source | None = None) -> None:
         self.file = file
+        self.source = open_source(file) if source is None else source
         self.stats = Stats()
         self.borrower: Borrower | None = None
         self.warmer: Background | None = None
@@ -69,14 +76,19 @@ class Pager:
         self.shelves: dict[int, Slots] = {}  # by the transfer's handle
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(readers, thread_name_prefix="squizd-read")
 
-    def run(self, jobs: Sequence[Callable[[], None]], total_bytes: int) -> list[BaseException | None]:
-        """Run reads, in this thread or the pool; returns each one's error. None is running any more afterwards."""
+    def run(self, reads: Sequence[tuple[Record, Callable[[], None]]]) -> list[BaseException | None]:
+        """Do the reads of these records, in this thread or the pool; returns each one's error. None is running any more
+        afterwards."""
         if self._pool is None:
             raise ReadError(f"{self.file.path}: the model is closed")
-        if len(jobs) == 1 or total_bytes <= INLINE_BYTES:
-            errors: list[BaseException | None] = [_attempt(job) for job in jobs]
+        ahead = _Ahead(self.source, [record for record, _ in reads])
+        work = sum(r.stored_size if r.codec == RAW else DECODING * r.raw_size for r, _ in reads)
+        if len(reads) == 1 or work <= INLINE_BYTES:
+            errors = [_attempt(read, ahead, i) for i, (_, read) in enumerate(reads)]
         else:
-            futures: list[Future[BaseException | None]] = [self._pool.submit(_attempt, job) for job in jobs]
+            futures: list[Future[BaseException | None]] = [
+                self._pool.submit(_attempt, read, ahead, i) for i, (_, read) in enumerate(reads)
+            ]
             try:
                 errors = [future.result() for future in futures]
             finally:  # Ctrl-C: a slot must not be written once this call is over
@@ -86,7 +98,7 @@ class Pager:
         return errors
 
     def settle(self) -> None:
-        """Wait until all that was read is verified. Raises ExpertReadError for the first damaged record, its slot empty."""
+        """Wait until all that was read is verified; ExpertReadError for the first damaged record, its slot empty."""
         failed = self.transfer.settle() if self.transfer is not None else []
         errors = [self.shelves[shelf].reject(expert, reason) for shelf, expert, reason in failed]
         if errors:
@@ -119,6 +131,7 @@ class Pager:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=False)
+            self.source.close()
         if self.transfer is not None:
             self.transfer.close()
         self.file.close()
@@ -262,15 +275,12 @@ class Slots:
                 raise ReadError(f"{self.pager.file.path}: the model is closed")
             reasons = transfer.fetch(self.shelf_handle, taken)
             return [self._error(e, why) if why else None for (e, _), why in zip(taken, reasons, strict=True)]
-        return self.pager.run(
-            [lambda e=e, s=s: self._read(e, s) for e, s in taken],  # type: ignore[misc]
-            sum(self.records[e].stored_size for e, _ in taken),
-        )
+        return self.pager.run([(self.records[e], partial(self._read, e, s)) for e, s in taken])
 
     def _read(self, expert: int, slot: int) -> None:
         record: Record = self.records[expert]
         try:
-            self.scatters[record.layout].read(self.pager.file, record, [bank[slot] for bank in self.banks])
+            self.scatters[record.layout].read(self.pager.source, record, [bank[slot] for bank in self.banks])
         except ReadError as error:
             raise self._error(expert, str(error)) from error
 
@@ -278,9 +288,29 @@ class Slots:
         return ExpertReadError(self.pager.file.path, self.layer.layer, expert, self.records[expert].offset, reason)
 
 
-def _attempt(job: Callable[[], None]) -> BaseException | None:
+class _Ahead:
+    """Announces what will be read, in order, so that the system always has AHEAD_BYTES to bring in."""
+
+    def __init__(self, source: Source, records: Sequence[Record]) -> None:
+        self._source, self._records, self._lock = source, records, threading.Lock()
+        self._next = self._bytes = 0
+
+    def reach(self, index: int) -> None:
+        """The read of record `index` begins."""
+        if len(self._records) == 1 and self._records[0].stored_size <= _ONE_READ:
+            return
+        with self._lock:
+            while self._next < len(self._records) and (self._next <= index or self._bytes < AHEAD_BYTES):
+                record = self._records[self._next]
+                self._source.announce(record.offset, record.stored_size)
+                self._next, self._bytes = self._next + 1, self._bytes + record.stored_size
+            self._bytes -= self._records[index].stored_size
+
+
+def _attempt(read: Callable[[], None], ahead: _Ahead, index: int) -> BaseException | None:
     try:
-        job()
+        ahead.reach(index)
+        read()
     except Exception as error:
         return error
     return None

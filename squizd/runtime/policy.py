@@ -22,8 +22,7 @@ STEPS: Final = tuple(round(ONE * 2 ** (i / HALF_LIFE)) for i in range(HALF_LIFE)
 MEMORY: Final = 512  # tokens; twice as many gain 0.001 to 0.002
 FOLLOWING: Final = tuple(round(256 * 0.8**d) for d in range(1, 9))  # what comes so many tokens later counts, of 256
 WEIGHT: Final = 25  # choices; what always followed counts as much as so many, times the sum of `FOLLOWING`
-_AFTER: Final = np.arange(1, len(FOLLOWING) + 1)[:, None]
-_FOLLOWING: Final = np.array(FOLLOWING)[:, None]
+_FOLLOWING: Final = np.array(FOLLOWING, np.float64)
 
 Choices = Sequence[int] | npt.NDArray[Any]
 # Of Recall: the counts of all experts; the token within the half-life; the choices of the last tokens, one token after
@@ -193,28 +192,31 @@ class Recall(Fading):
     def scores(self) -> Sequence[int]:
         """What each expert counts now: units of `counts`."""
         if self._scores is None:
-            votes, alike = self._votes()
-            if alike:
-                unit = (STEPS[self.token - 1] >> 16) * WEIGHT
-                self._scores = [c + ((v << 16) // alike * unit >> 8) for c, v in zip(self.counts, votes, strict=True)]
-            else:
+            votes, resemblance = self._votes()
+            if votes is None:
                 self._scores = self.counts
+            else:
+                unit = (STEPS[self.token - 1] >> 16) * WEIGHT
+                self._scores = (((votes << 16) // resemblance * unit >> 8) + self.counts).tolist()
         return self._scores
 
-    def _votes(self) -> tuple[list[int], int]:
-        """By expert: resemblance × `FOLLOWING`, summed over what followed; and the sum of all resemblance."""
+    def _votes(self) -> tuple[npt.NDArray[np.int64] | None, int]:
+        """By expert: resemblance × `FOLLOWING`, summed over what followed (None without any); sum of resemblance."""
         history = self.history()
-        last = history.shape[1] - 1
+        choices, last = len(history), history.shape[1] - 1
         if last < 1:
-            return [], 0
-        resemblance = np.zeros((2, len(self.counts)), np.int64)
-        resemblance[0, history[:, last]], resemblance[1, history[:, last - 1]] = 2, 1
-        alike = resemblance[0][history[:, :last]].sum(0)
-        alike[1:] += resemblance[1][history[:, : last - 1]].sum(0)
-        found = np.flatnonzero(alike > 3)  # one expert in common is chance
-        weight = (alike[found] - 3) ** 4
-        after = found + _AFTER  # [tokens after, tokens found]
-        known = np.where(after <= last, weight * _FOLLOWING, 0)  # nothing follows the last token
-        experts = history[:, np.minimum(after, last)]
-        votes = np.bincount(experts.reshape(-1), np.tile(known.reshape(-1), len(history)), len(self.counts))
-        return votes.astype(np.int64).tolist(), int(weight.sum())  # votes are below 2^53, so exact
+            return None, 0
+        # In the low half twice the experts in common with the last token, in the high half those with the one before.
+        common = np.zeros(len(self.counts), np.int32)
+        common[history[:, last]] = 2
+        common[history[:, last - 1]] += 1 << 16
+        both = common.take(history).sum(0, dtype=np.int32)
+        alike = both[:last] & 0xFFFF
+        alike[1:] += both[: last - 1] >> 16
+        weight = np.square(np.square(np.maximum(alike - 3, 0, dtype=np.float64)))  # one expert in common is chance
+        total = int(weight.sum())
+        if not total:
+            return None, 0
+        share = np.convolve(weight, _FOLLOWING)[:last]  # what a choice of the next token, and so on, gains
+        votes = np.bincount(history[:, 1:].reshape(-1), np.tile(share, choices), len(self.counts))
+        return votes.astype(np.int64), total  # all sums are below 2^53, so exact

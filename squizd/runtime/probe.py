@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,10 @@ from ..architecture import replace_module
 from ..errors import SourceError
 from .blueprint import Blueprint
 from .budget import Workspace
-from .device import compute_type
+from .device import compute_type, fuses_attention
 
 _STEP = 256  # tokens; mlx-lm's caches grow by as many
+_LANES = 16  # the kernels' attention takes heads whose width is a multiple
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
     tokens = mx.zeros((1, _STEP), mx.int32)
     try:
         cache = make_prompt_cache(model)
-        model(tokens, cache=cache)
+        with _attentions() as seen:
+            model(tokens, cache=cache)
         first = [_size(entry) for entry in _entries(cache)]
         model(tokens, cache=cache)
         entries = list(_entries(cache))
@@ -101,10 +105,31 @@ def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
     usual = max((recorder.top_k for recorder in recorders), default=1) or 1
     top_k = tuple(recorder.top_k or usual for recorder in recorders)
     longest = _find(config, "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx")
-    return Needs(top_k, tuple(caches), _workspace(blueprint, top_k, config), longest)
+    growing = sum(entry.second > entry.first or entry.window is not None for entry in caches)
+    space = _workspace(blueprint, top_k, config, fused=fuses_attention() and len(seen) >= growing)
+    return Needs(top_k, tuple(caches), space, longest)
 
 
-def _workspace(blueprint: Blueprint, top_k: tuple[int, ...], config: dict[str, Any]) -> Workspace:
+@contextmanager
+def _attentions() -> Iterator[list[None]]:
+    """One entry for each time that this thread calls MLX's attention while inside, where the kernels keep no scores."""
+    seen: list[None] = []
+    thread, attention = threading.get_ident(), mx.fast.scaled_dot_product_attention
+
+    def counted(q: mx.array, *args: Any, **options: Any) -> Any:
+        tiled = not isinstance(options.get("mask"), mx.array) and q.shape[-1] % _LANES == 0
+        if tiled and threading.get_ident() == thread:
+            seen.append(None)
+        return attention(q, *args, **options)
+
+    mx.fast.scaled_dot_product_attention = counted
+    try:
+        yield seen
+    finally:
+        mx.fast.scaled_dot_product_attention = attention
+
+
+def _workspace(blueprint: Blueprint, top_k: tuple[int, ...], config: dict[str, Any], fused: bool) -> Workspace:
     """Widths come from the tensors; of attention heads only the config knows (else one per 64 of the hidden size)."""
     tensors = [resident.tensor for resident in blueprint.residents]
     vocabulary, hidden = max((t.shape for t in tensors if t.role == "embedding" and len(t.shape) == 2), default=(1, 1))
@@ -123,6 +148,7 @@ def _workspace(blueprint: Blueprint, top_k: tuple[int, ...], config: dict[str, A
         vocabulary=vocabulary,
         item_bytes=compute_type("bf16").size,
         layers=len(top_k),
+        fused=fused,
     )
 
 

@@ -57,7 +57,7 @@ class LayerProfile:
         return sorted(e for e in order[:count] if self.counts[e])
 
     def prior(self, tokens: int) -> list[int]:
-        """What each expert counts for `policy.Fading` after a long text like the profile's."""
+        """What each expert counts for `policy.Recall` after a long text like the profile's."""
         return [settled(count * ONE // max(tokens, 1)) for count in self.counts]
 
 

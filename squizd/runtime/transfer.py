@@ -19,7 +19,8 @@ import numpy as np
 
 from ..container.layout import Record
 from ..kernels.build import TRANSFER, sources_digest
-from .io import Bytes, Part
+from .io import Part
+from .source import Bytes
 
 BUFFERS = 32  # pinned, each of the largest record
 MOST_THREADS = 8

@@ -1,5 +1,6 @@
 // The kernels without Python or MLX, for sanitizers and emulators: every encoding over exact-size buffers, against
 // double precision, and the same bits from every instruction set. `make sanitize`, `make check-neon`.
+#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -203,7 +204,7 @@ void check_shelf(Pool& pool, int slots) {
   std::vector<Part> parts{{0, CODES, AS_STORED, codes.data(), CODES}, {128, SCALES, FROM_BF16, wide.data(), 2 * SCALES}};
   std::vector<Extent> records;
   for (size_t i = 0; i < EXPERTS; i++) records.push_back({i * RAW, RAW, xxh64(&file[i * RAW], RAW)});
-  Shelf shelf("file", fd, 3, parts, records, slots, {4, 5, 6});
+  Shelf shelf("file", fd, 3, parts, records, slots, {{4, 5, 6}, {3, 2, 1}, 5, 8}, 64);
 
   auto right = [&](int expert, uint32_t slot) {
     bool good = slot < uint32_t(slots) && !memcmp(&codes[slot * CODES], &file[size_t(expert) * RAW], CODES);
@@ -219,7 +220,9 @@ void check_shelf(Pool& pool, int slots) {
     for (int i = 0; i < count; i++) ids[i] = random_bits() % EXPERTS;
     shelf.place(ids, count, where, pool);
     for (int i = 0; i < count; i++) expect(right(int(ids[i]), where[i]), "shelf", "-", round, int(ids[i]), slots);
-    if (round % 50 == 49) shelf.arrange(shelf.order(), shelf.weights(), shelf.token());
+    const Recall& r = shelf.recall();
+    if (round % 50 == 49) shelf.arrange(shelf.order(), r.counts(), r.token(), r.history(), r.choices());
+    if (round % 10 == 9) posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
   }
   auto throws = [&](uint32_t id) {
     uint32_t where;
@@ -231,7 +234,7 @@ void check_shelf(Pool& pool, int slots) {
     return false;
   };
   for (uint32_t id : {uint32_t(EXPERTS), 1u << 31, ~0u}) expect(throws(id), "forged id", "-", int(id), 0, slots);
-  shelf.arrange({}, std::vector<uint64_t>(EXPERTS, 0), 0);
+  shelf.arrange({}, std::vector<uint64_t>(EXPERTS, 0), 0, {}, 0);
   const uint8_t changed = uint8_t(file[5 * RAW + 100] ^ 1);  // in the padding between parts
   if (pwrite(fd, &changed, 1, 5 * RAW + 100) != 1) abort();
   expect(throws(5) && last_failure().expert == 5 && last_failure().offset == 5 * RAW, "damage", "-", 5, 0, slots);

@@ -23,10 +23,13 @@ struct HeldShelf {
   std::vector<Bank> banks;
 };
 
-// parts: (offset, size, widening) of each bank, in the order of `banks`; records: (offset, size, XXH64) of each expert; steps: Shelf's
+using PythonRules = std::tuple<std::vector<uint64_t>, std::vector<uint64_t>, uint64_t, int>;
+
+// parts: (offset, size, widening) of each bank, in the order of `banks`; records: (offset, size, XXH64) of each expert;
+// rules: Rules' members in their order; step: Records'
 HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Bank> banks,
                      const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
-                     const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, std::vector<uint64_t> steps) {
+                     const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, const PythonRules& rules, size_t step) {
   if (banks.empty() || banks.size() != parts.size()) throw std::invalid_argument("one bank for each part");
   const size_t slots = banks[0].shape(0);
   std::vector<Part> ours;
@@ -39,7 +42,9 @@ HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Ban
   }
   std::vector<Extent> extents;
   for (const auto& [offset, size, digest] : records) extents.push_back({offset, size, digest});
-  return {std::make_shared<Shelf>(name, fd, layer, std::move(ours), std::move(extents), int(slots), std::move(steps)), std::move(banks)};
+  return {std::make_shared<Shelf>(name, fd, layer, std::move(ours), std::move(extents), int(slots),
+                                  Rules{std::get<0>(rules), std::get<1>(rules), std::get<2>(rules), std::get<3>(rules)}, step),
+          std::move(banks)};
 }
 
 PyObject* failed_read = nullptr;  // the class to raise, with (path, layer, expert, offset, reason)
@@ -99,15 +104,16 @@ NB_MODULE(_native, m) {
   nb::class_<HeldShelf>(m, "Shelf")
       .def("__init__", [](HeldShelf* self, const std::string& name, int fd, int layer, std::vector<Bank> banks,
                           const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
-                          const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, std::vector<uint64_t> steps) {
-        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), parts, records, std::move(steps)));
+                          const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, const PythonRules& rules, size_t step) {
+        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), parts, records, rules, step));
       })
       .def("order", [](const HeldShelf& s) { return s.shelf->order(); })
-      .def("weights", [](const HeldShelf& s) { return s.shelf->weights(); })
-      .def("token", [](const HeldShelf& s) { return s.shelf->token(); })
-      .def("arrange", [](HeldShelf& s, const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& weights, int token) {
-        s.shelf->arrange(order, weights, token);
+      .def("state", [](const HeldShelf& s) {
+        const Recall& r = s.shelf->recall();
+        return std::make_tuple(r.counts(), r.token(), r.history(), r.choices());
       })
+      .def("arrange", [](HeldShelf& s, const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& counts, int token,
+                         const std::vector<uint32_t>& history, int choices) { s.shelf->arrange(order, counts, token, history, choices); })
       .def("place", [](HeldShelf& s, const std::vector<uint32_t>& ids) {  // for tests: a replayed token calls it without Python
         std::vector<uint32_t> slots(ids.size());
         s.shelf->place(ids.data(), int(ids.size()), slots.data(), *machine().pool);

@@ -1,6 +1,6 @@
 // The experts of one layer that are in memory, for a token that is computed without asking Python: which lie in which
-// slot, who is given up, and how one is read. The counterpart of runtime/pager.py, with the same rules: who is given up is decided
-// as by Fading of runtime/policy.py, and every record's XXH64 is checked before its slot counts as filled.
+// slot, and how those that are missing are read. The counterpart of runtime/pager.py, with the same rules: `Recall` says who is
+// given up, and every record's XXH64 is checked before its slot counts as filled.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -9,65 +9,55 @@
 #include <vector>
 
 #include "pool.h"
+#include "recall.h"
+#include "records.h"
 
 namespace squizd {
 
-enum Widen { AS_STORED = 0, FROM_BF16 = 1, FROM_F16 = 2 };
-
-// A part of a record and where it goes: `size` stored bytes at `offset` of the record, into row `slot` of `bank`.
-struct Part {
-  size_t offset, size;
-  Widen widen;
-  uint8_t* bank;
-  size_t row_bytes;
-};
-
-struct Extent {
-  uint64_t offset, size, digest;
-};
-
 class Shelf {
  public:
-  // `name`: what an error message begins with. `parts` in the order of their offsets. `steps`: what a choice adds to an
-  // expert's weight, by token within a half-life, after which all weights are halved: the lightest is given up first.
-  Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots,
-        std::vector<uint64_t> steps);
+  // `name`: what an error message begins with. `parts` in the order of their offsets.
+  Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots, Rules rules,
+        size_t step);
 
   // The slots of the `count` expert ids of one token; reads what is missing. Throws std::runtime_error, with the slots empty whose read
   // failed; `last_failure` tells more.
   void place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool);
 
-  // (expert, slot), next victim first; the weights of all experts, and the token within the half-life
-  std::vector<std::pair<int, int>> order() const;
-  const std::vector<uint64_t>& weights() const { return weights_; }
-  int token() const { return token_; }
-  void arrange(const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& weights, int token);
+  // (expert, slot), next victim first
+  std::vector<std::pair<int, int>> order();
+  const Recall& recall() const { return recall_; }
+  void arrange(const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& counts, int token,
+               const std::vector<uint32_t>& history, int choices);  // the rest as in Recall::restore
 
   struct Counts {
     uint64_t hits = 0, misses = 0, evictions = 0, bytes = 0;
     double seconds = 0;
   };
   Counts take_counts();
-  int experts() const { return int(records_.size()); }
+  int experts() const { return records_.count(); }
 
  private:
-  void weigh(const uint32_t* ids, int count);
-  bool goes_before(int slot, int other) const;
-  bool read(int expert, int slot, std::vector<uint8_t>& staging, std::string& error) const;
+  struct Missing {
+    int expert, slot;
+    Records::Outcome outcome = Records::NOT_CACHED;
+    std::string error;
+  };
+  int take(uint64_t now);
+  bool goes_before(const std::vector<uint64_t>& scores, int slot, int other) const;
+  void bring(std::vector<Missing>& missing, Pool& pool);
+  void read_all(std::vector<Missing>& missing, bool wait, Pool& pool);
+  [[noreturn]] void report(const Missing& missing) const;
 
   std::string name_;
-  int fd_, layer_, slots_;
-  std::vector<Part> parts_;
-  std::vector<Extent> records_;
+  int layer_, slots_;
+  Records records_;
   std::vector<int> slot_of_, expert_in_;
   std::vector<uint64_t> used_;  // by slot: the clock of its last use
   uint64_t clock_ = 0;
-  const std::vector<uint64_t> steps_;
-  std::vector<uint64_t> weights_;  // by expert, resident or not
-  int token_ = 0;
+  Recall recall_;
   Counts counts_;
-  size_t staged_ = 0;  // bytes of one record that pass through a buffer
-  std::vector<std::vector<uint8_t>> staging_;  // by worker
+  std::vector<Records::Buffer> buffers_;  // by worker
 };
 
 // The read that failed last, of any shelf, and the message with which it was thrown.
@@ -78,7 +68,5 @@ struct Failure {
 };
 Failure last_failure();
 Failure failure_of(const std::string& message);  // the one that was thrown so; empty if it was none of the last
-
-uint64_t xxh64(const uint8_t* data, size_t size);
 
 }  // namespace squizd
