@@ -2,9 +2,10 @@
 
     python benchmarks/cpu.py FILE.squizd [--gguf FILE.gguf ...] [--threads 2] [--rounds 5]
 
-Every side sees the same prompt and the same number of threads. Each round times all sides one after another;
-the figures are medians over rounds, `ratio` the median of each round's ratio. The last line is JSON.
-The kernels' logits are within 1e-5 of MLX's (benchmarks/exactness.py); the side "mlx" is what SQUIZD_KERNELS=0 gives.
+The trials of `squizd bench`: every side in a process of its own, the same prompt and number of threads, in turns within
+each round; figures are medians over rounds, `ratio` the median of each round's ratio. Prefill is a prompt of 512
+tokens over the time to its first token, decode what follows a prompt of 32. The last line is JSON. The kernels' logits
+are within 1e-5 of MLX's (benchmarks/exactness.py); the side "mlx" is what SQUIZD_KERNELS=0 gives.
 """
 
 from __future__ import annotations
@@ -13,115 +14,48 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+from squizd import kernels
+from squizd.sides import Side, Trial
+from squizd.trials import compare, rate
 
 PREFILL, CONTEXT = 512, 32
 
 
-def squizd_side(path: str, share: str, off: bool) -> dict[str, Callable[[int], float]]:
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-    from mlx_lm.models.cache import make_prompt_cache
-
-    import squizd
-    from squizd.kernels import layers
-
-    model: Any = squizd.load(path, resident=share)[0]
-    ids = mx.array([(37 * i) % 8000 + 11 for i in range(PREFILL)])
-
-    def decode(tokens: int) -> float:
-        steps = generate_step(ids[:CONTEXT], model, max_tokens=tokens + 4)
-        for _ in range(3):
-            next(steps)
-        began = time.perf_counter()
-        for _ in range(tokens):
-            next(steps)
-        return tokens / (time.perf_counter() - began)
-
-    def prefill(tokens: int) -> float:
-        cache = make_prompt_cache(model)
-        began = time.perf_counter()
-        model(ids[None, :tokens], cache=cache)
-        mx.eval([entry.state for entry in cache])
-        return tokens / (time.perf_counter() - began)
-
-    def plain(work: Callable[[int], float]) -> Callable[[int], float]:
-        def run(tokens: int) -> float:
-            with layers.switched_off():
-                return work(tokens)
-
-        return run
-
-    return {"decode": plain(decode), "prefill": plain(prefill)} if off else {"decode": decode, "prefill": prefill}
-
-
-def llama_side(path: str, threads: int) -> dict[str, Callable[[int], float]]:
-    from llama_cpp import Llama  # type: ignore[import-not-found]
-
-    model = Llama(
-        path, n_ctx=2048, n_batch=PREFILL, n_ubatch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-    ids = [(37 * i) % 8000 + 11 for i in range(PREFILL)]
-
-    def decode(tokens: int) -> float:
-        model.reset()
-        model.eval(ids[:CONTEXT])
-        began = time.perf_counter()
-        for i in range(tokens):
-            model.eval([ids[i % PREFILL]])
-        return tokens / (time.perf_counter() - began)
-
-    def prefill(tokens: int) -> float:
-        model.reset()
-        began = time.perf_counter()
-        model.eval(ids[:tokens])
-        return tokens / (time.perf_counter() - began)
-
-    return {"decode": decode, "prefill": prefill}
-
-
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--gguf", action="append", default=[])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=80, help="to decode (default: %(default)s)")
     options = parser.parse_args()
     os.environ |= {"SQUIZD_THREADS": str(options.threads), "SQUIZD_KERNELS": "1"}
-    sides = {
-        "squizd": squizd_side(options.file, "100%", False),
-        "squizd, 50% resident": squizd_side(options.file, "50%", False),
-        "squizd, 25% resident": squizd_side(options.file, "25%", False),
-        "mlx": squizd_side(options.file, "100%", True),
-    }
-    for path in options.gguf:
-        sides["llama.cpp " + os.path.basename(path)] = llama_side(path, options.threads)
-    from squizd import kernels
-
+    ours = Side("squizd", "squizd", options.file, resident="100%", threads=options.threads)
+    sides = [ours, *(replace(ours, name=f"squizd, {s} resident", resident=s) for s in ("50%", "25%"))]
+    sides += [replace(ours, name="mlx", kernels=False)]
+    sides += [replace(ours, name=f"llama.cpp {os.path.basename(p)}", kind="llama.cpp", path=p) for p in options.gguf]
     print(kernels.missing() or kernels.describe())
-    rates: dict[str, list[float]] = {f"{side} {what}": [] for side in sides for what in ("decode", "prefill")}
-    for side in sides.values():  # caches, threads and pages come to life
-        side["decode"](8)
-        side["prefill"](64)
-    for _ in range(options.rounds):
-        for name, side in sides.items():
-            slow = name == "mlx"
-            rates[f"{name} decode"].append(side["decode"](10 if slow else 80))
-            rates[f"{name} prefill"].append(side["prefill"](128 if slow else PREFILL))
+    ids = [(37 * i) % 8000 + 11 for i in range(PREFILL)]
+    prefill: Callable[[Trial], float] = lambda trial: PREFILL / trial.seconds[0]  # noqa: E731
     result: dict[str, Any] = {"benchmark": "cpu", "arithmetic": kernels.describe(), "file": options.file}
-    for name, found in rates.items():
-        side, _, what = name.rpartition(" ")
-        ours = rates[f"squizd {what}"]
-        ratio = statistics.median(a / b for a, b in zip(ours, found, strict=True))
-        middle = statistics.median(found)
-        print(f"{name:44} {middle:9.1f} tokens/s, best {max(found):9.1f}; squizd is {ratio:.2f} times that")
-        result[name] = {
-            "tokens_per_second": round(middle, 1),
-            "best": round(max(found), 1),
-            "squizd_ratio": round(ratio, 3),
-        }
+    for what, prompt, tokens, speed in (("decode", ids[:CONTEXT], options.tokens, rate), ("prefill", ids, 2, prefill)):
+        found, _ = compare(sides, prompt, tokens, options.rounds)
+        best = [speed(trial) for trial in found["squizd"]]
+        for side, trials in found.items():
+            rates = [speed(trial) for trial in trials]
+            ratio = statistics.median(a / b for a, b in zip(best, rates, strict=True))
+            middle, name = statistics.median(rates), f"{side} {what}"
+            print(f"{name:44} {middle:9.1f} tokens/s, best {max(rates):9.1f}; squizd is {ratio:.2f} times that")
+            result[name] = {
+                "tokens_per_second": round(middle, 1),
+                "best": round(max(rates), 1),
+                "squizd_ratio": round(ratio, 3),
+            }
     print(json.dumps(result))
 
 

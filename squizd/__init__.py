@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from .compression import Summary, compress
     from .container import File, Report, open, validate
     from .errors import SquizdError
+    from .fitting import fit
     from .generation import Conversation, Part, Sampling, Session, generate, stream_generate
+    from .measuring import bench
+    from .profiling import profile
     from .runtime.load import load
 
 _HOMES = {
@@ -22,13 +25,13 @@ _HOMES = {
     "SquizdError": ".errors",
     "generate": ".generation", "stream_generate": ".generation", "Session": ".generation",
     "Conversation": ".generation", "Part": ".generation", "Sampling": ".generation",
-    "load": ".runtime.load",
+    "load": ".runtime.load", "profile": ".profiling", "fit": ".fitting", "bench": ".measuring",
 }  # fmt: skip
 _WITHOUT_MLX = (".container", ".errors")
 
 __all__ = [
     "Conversation", "File", "Part", "Report", "Sampling", "Session", "SquizdError", "Summary", "__version__",
-    "compress", "generate", "load", "open", "stream_generate", "validate",
+    "bench", "compress", "fit", "generate", "load", "open", "profile", "stream_generate", "validate",
 ]  # fmt: skip
 
 

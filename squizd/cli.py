@@ -187,6 +187,12 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_o
     type=click.IntRange(min=2),
     help="Tokens to reserve cache for.  [default: what the prompt needs; chat: 4096]",
 )
+@click.option("--kv-bits", type=click.Choice(["2", "3", "4", "8"]),
+              help="Keep the cache in so many bits, as mlx-lm does; changes answers.")  # fmt: skip
+@click.option("--kv-group-size", default="64", show_default=True, type=click.Choice(["32", "64", "128"]),
+              help="Numbers of the cache that share a scale.")  # fmt: skip
+@click.option("--max-kv-size", type=click.IntRange(min=5), metavar="TOKENS",
+              help="Keep the first 4 and the latest tokens in the cache, no more than these.")  # fmt: skip
 @click.option(
     "--temp", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 always takes the likeliest token."
 )
@@ -241,7 +247,9 @@ def _run(
     system = o["system"] if chat else ""
     if prompt is not None and context is None:
         context = needed_context(tokenizer, prompt, o["max_tokens"], chat=chat, system=system)
-    with Session(file, memory=memory, resident=resident, context=context, tokenizer=tokenizer) as session:
+    kv = {"kv_bits": o["kv_bits"] and int(o["kv_bits"]), "kv_group_size": int(o["kv_group_size"])}
+    kv["max_kv_size"] = o["max_kv_size"]
+    with Session(file, memory=memory, resident=resident, context=context, tokenizer=tokenizer, **kv) as session:
         if prompt is None:
             _converse(session, chat, sampling, o)
         else:
@@ -294,23 +302,17 @@ def _converse(session: Session, chat: bool, sampling: Sampling, o: dict[str, Any
 def _statistics(session: Session, o: dict[str, Any]) -> None:
     if o["quiet"]:
         return
+    from .sides import peak_rss
+
     timing, stats = session.timing, session.stats
     rate = f"{timing.tokens_per_second:.1f} tokens/s, " if timing.tokens_per_second else ""
     click.echo(
         f"{timing.prompt_tokens} + {timing.generated_tokens} tokens, {rate}"
         f"first token {timing.first_token_seconds:.2f} s, hit rate {stats.hit_rate:.1%}, "
-        f"{_size(stats.bytes_read)} read, peak memory {_size(_peak_memory())}, {session.state.arithmetic}",
+        f"{_size(stats.bytes_read)} read, peak memory {_size(peak_rss())}, {session.state.arithmetic}",
         err=True,
     )
     session.state.reset_stats()  # the next line of a chat counts the next answer
-
-
-def _peak_memory() -> int:
-    """Most bytes of memory that this process ever held (its maximum resident set size)."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # -- validate, inspect -------------------------------------------------------------------------------------
@@ -511,6 +513,50 @@ def fit(
             f"measured: {found.compute_seconds * 1e3:.2f} ms a token without reading; experts at {speeds} from cache",
             err=True,
         )
+
+
+# -- bench -----------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("file", type=click.Path())
+@click.option("-p", "--prompt", help="What every trial begins with.  [default: a sentence]")
+@click.option("-n", "--tokens", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens of each trial.")
+@click.option(
+    "--trials", default=30, show_default=True, type=click.IntRange(min=1), help="After one that is not counted."
+)
+@click.option("--memory", "--budget", metavar="SIZE", help="Budget for weights, cache and work space, as 6GB.")
+@click.option("--resident", metavar="SHARE", help="Share of the experts to keep in memory, as 25%.")
+@click.option("--against", multiple=True, type=click.Choice(["mlx-lm", "mlx-lm-f32", "llama.cpp"]),
+              help="Take turns with mlx-lm on the same weights, in the file's number types or in float32, or with "
+                   "llama.cpp; repeat it.")  # fmt: skip
+@click.option("--gguf", type=click.Path(), metavar="FILE", help="What llama.cpp runs.")
+@click.option("--threads", default=0, type=click.IntRange(min=0),
+              help="Of squizd's kernels and of llama.cpp.  [default: one for each core]")  # fmt: skip
+@click.option("--check/--no-check", default=True, help="Compare logits with a resident model's.  [default: check]")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def bench(file: str, check: bool, as_json: bool, **o: Any) -> int:
+    """Measure FILE here: time to first token, tokens a second, hit rate, bytes read, memory, in trials.
+
+    Exit code 1 where logits within the budget are not bit for bit those of a resident model (on CPU).
+
+    Example: squizd bench qwen3.squizd --memory 6GB --against mlx-lm
+    """
+    _need_mlx()
+    from tqdm import tqdm
+
+    from .measuring import bench as run_bench
+    from .measuring import table
+
+    with tqdm(unit="trial", desc="bench", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = run_bench(file, checked=check, progress=progress, **o)
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(table(found)))
+    return 1 if found.exact.failed else 0
 
 
 # -- eval ------------------------------------------------------------------------------------------------

@@ -16,11 +16,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate as _mlx_stream
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .errors import ContextError, RequestError
+from .errors import ContextError, ReadError, RequestError
+from .runtime.caches import GROUP_SIZE
+from .runtime.device import trim
 from .runtime.load import Residency, load_model, load_tokenizer, state
 
 Message = dict[str, str]
@@ -114,9 +117,10 @@ def stream_generate(
 ) -> Iterator[Part]:
     """Generate from `prompt` (text or token ids), yielding text as it comes.
 
-    `prompt_cache` holds `cached_tokens` tokens that precede `prompt`. `timing` is filled in as the
-    stream goes. Raises ContextError before the first token if prompt and answer exceed the context
-    that the budget reserved, and ExpertReadError instead of any token whose expert cannot be read.
+    `prompt_cache` (by default an empty one of the kind that the model was loaded for) holds `cached_tokens` tokens
+    that precede `prompt`. `timing` is filled in as the stream goes. Raises ContextError before the first token if
+    prompt and answer exceed the context that the budget reserved, and ExpertReadError instead of any token whose
+    expert cannot be read.
     """
     ids = encode(tokenizer, prompt)
     loaded = state(model)
@@ -130,22 +134,35 @@ def stream_generate(
     clock, first = time.perf_counter(), 0.0
     spans = timing if timing is not None else Timing()
     spans.prompt_tokens = len(ids)
-    for response in _mlx_stream(
-        model,
-        tokenizer,
-        ids,
-        max_tokens=max_tokens,
-        sampler=(sampling or Sampling()).sampler(),
-        prompt_cache=prompt_cache,
-        prefill_step_size=loaded.prefill_step_size,
-    ):
-        now = time.perf_counter()
-        if not first:
-            first, spans.first_token_seconds = now, now - clock
-        spans.generated_tokens = response.generation_tokens
-        if now > first:
-            spans.tokens_per_second = (response.generation_tokens - 1) / (now - first)
-        yield Part(response.text, response.token, response.finish_reason, len(ids), response.generation_tokens)
+    try:
+        for response in _mlx_stream(
+            model,
+            tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            sampler=(sampling or Sampling()).sampler(),
+            prompt_cache=loaded.caches.make(model) if prompt_cache is None else prompt_cache,
+            prefill_step_size=loaded.prefill_step_size,
+            **loaded.caches.steps,
+        ):
+            now = time.perf_counter()
+            if not first:
+                first, spans.first_token_seconds = now, now - clock
+            spans.generated_tokens = response.generation_tokens
+            if now > first:
+                spans.tokens_per_second = (response.generation_tokens - 1) / (now - first)
+            yield Part(response.text, response.token, response.finish_reason, len(ids), response.generation_tokens)
+    finally:
+        _forget()
+        trim()
+
+
+def _forget() -> None:
+    """Wait for a token that this thread began ahead and nobody asks for: what failed in it is no error of the next."""
+    try:
+        mx.synchronize(generation_stream)
+    except ReadError:
+        pass
 
 
 def generate(path: str | os.PathLike[str], prompt: str | Sequence[int], **options: Any) -> str:
@@ -153,7 +170,8 @@ def generate(path: str | os.PathLike[str], prompt: str | Sequence[int], **option
 
     Reserves the context that prompt and answer need, unless `context` is given.
     """
-    loading = {key: options.pop(key) for key in ("memory", "resident", "context") if key in options}
+    names = ("memory", "resident", "context", "kv_bits", "kv_group_size", "max_kv_size")
+    loading = {key: options.pop(key) for key in names if key in options}
     tokenizer = load_tokenizer(path)
     if loading.get("context") is None:
         tokens, chat = options.get("max_tokens", DEFAULT_TOKENS), options.get("chat", False)
@@ -186,11 +204,22 @@ class Session:
         memory: str | int | None = None,
         resident: str | float | None = None,
         context: int | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = GROUP_SIZE,
+        max_kv_size: int | None = None,
         tokenizer: TokenizerWrapper | None = None,
     ) -> None:
-        """See `squizd.load` for `memory`, `resident` and `context`, and for what is raised."""
+        """See `squizd.load` for all but the tokenizer, and for what is raised."""
         self.tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
-        self.model = load_model(path, memory=memory, resident=resident, context=context)
+        self.model = load_model(
+            path,
+            memory=memory,
+            resident=resident,
+            context=context,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            max_kv_size=max_kv_size,
+        )
         self.state: Residency = state(self.model)
         self.timing = Timing()
 
@@ -266,7 +295,7 @@ class Session:
         elif surplus:
             trim_prompt_cache(conversation.cache, surplus)
         if not shared:
-            conversation.cache = make_prompt_cache(self.model)
+            conversation.cache = self.state.caches.make(self.model)
         return shared
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from .tracing import Routing, join, trace
 
 Progress = Callable[[int, int], None]
 DEFAULT_TOKENS = 8192
-_CURVE_TOKENS, _PASSAGE = 4096, 256  # `hits_by_slots` comes from so many tokens, in passages of so many
+_CURVE_TOKENS, _PASSAGE = 4096, 512  # `hits_by_slots` comes from so many tokens, in passages of so many: see LOG
 WINDOW = 1024  # tokens of one text that are run at once; the rest of it begins anew
 _MOST_CHARACTERS = 1 << 26
 _MOST_PAIRS = 1024  # of a layer: every load parses them

@@ -62,6 +62,9 @@ ALLOWED = {
     "profiling": {"container", "generation", "repack", "runtime", "tracing"},
     "fitting": {"container", "runtime"},
     "plotting": {"fitting"},
+    "sides": {"runtime"},
+    "trials": {"sides"},
+    "measuring": {"backend", "container", "inspection", "runtime", "sides", "trials"},
     "evaluation": {"architecture", "checkpoint", "container", "corpus", "inspection", "runtime", "weights"},
     "report": {"evaluation"},
     "cli": {
@@ -76,7 +79,7 @@ ALLOWED = {
             "guide",
             "inspection",
         ),
-        *("plotting", "profiling", "repack", "report", "runtime"),
+        *("measuring", "plotting", "profiling", "repack", "report", "runtime", "sides"),
     },
 }
 

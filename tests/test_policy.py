@@ -335,8 +335,8 @@ def test_native_shelves_do_what_python_does(
     python, lent, shelf = two_layers(lambda: Recall(32, range(32)))
     python.restore([], python.policy.state())
     lent.restore([], lent.policy.state())
-    shelf.arrange(lent.order(), *lent.state())
     shelf.take_counts()
+    shelf.arrange(lent.order(), *lent.state())
     python.pager.stats.hits = python.pager.stats.misses = python.pager.stats.evictions = 0
     for step, token in enumerate(tokens):
         python.policy.see(token, 4)

@@ -216,7 +216,7 @@ def test_passages_come_from_all_texts() -> None:
     for i, text in enumerate(texts):
         assert "".join(chr(c) for index, part in everything for c in part if index == i) == text
     assert max(len(part) for _, part in everything) == 64
-    many = [index for index, _ in profiling._passages(["m" * 300] * 100, encode, 256 * 10, 1024)]
+    many = [index for index, _ in profiling._passages(["m" * 600] * 100, encode, 512 * 10, 1024)]
     assert len(many) == 10
     assert max(b - a for a, b in pairwise([0, *sorted(many), 100])) < 25
     assert list(profiling._passages([], encode, 10, 64)) == []

@@ -36,7 +36,7 @@ def run(workplace: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_readme_has_the_commands_this_file_expects() -> None:
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
     assert [line for line in SHELL if line.startswith("make")] == ["make demo", "make test"]
     assert sum(NEEDS_HUB in line or "qwen3-30b" in line for line in COMMANDS) == 2
 

@@ -144,7 +144,7 @@ class NoLender:
     def lent(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def started(self, result: mx.array) -> None:
+    def started(self, result: mx.array, wait: Any) -> None:
         pass
 
 

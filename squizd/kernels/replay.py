@@ -11,13 +11,13 @@ or anything differs, the model goes on as before. So nothing here knows an archi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from . import layers, native
 
@@ -30,8 +30,11 @@ class Lender(Protocol):
     def lent(self) -> AbstractContextManager[None]:
         """Within this a token is replayed: the kernels decide what lies in the slots."""
 
-    def started(self, result: mx.array) -> None:
-        """`result` is what the token computes from the slots; called before `lent` ends."""
+    def started(self, result: mx.array, wait: Callable[[], None]) -> None:
+        """`result` is what the token computes from the slots; called before `lent` ends.
+
+        `wait` returns when no token is under way.
+        """
 
 
 class _Refused(Exception):
@@ -95,7 +98,7 @@ class Replay:
         return self._program is not None
 
     def fits(self, inputs: mx.array, cache: Any) -> bool:
-        """One token, and a plain cache with room for it in every layer."""
+        """One token, and a plain or rotating cache with room for it in every layer."""
         if (
             self.reason
             or tracing()
@@ -106,18 +109,17 @@ class Replay:
             or not cache
         ):
             return False
-        position = getattr(cache[0], "offset", None)
+        first = cache[0]
         return all(
-            type(entry) is KVCache
-            and entry.keys is not None
-            and entry.offset == position
-            and entry.offset < entry.keys.shape[2]
+            type(entry) is type(first)
+            and _row(entry) is not None
+            and (entry.offset, _row(entry)) == (first.offset, _row(first))
             and entry.keys.shape[0] == 1
             and entry.keys.dtype == entry.values.dtype == mx.float32
             for entry in cache
         )
 
-    def step(self, model: Any, inputs: mx.array, cache: list[KVCache]) -> mx.array:
+    def step(self, model: Any, inputs: mx.array, cache: list[KVCache | RotatingKVCache]) -> mx.array:
         """The logits of the next token; the caches hold one position more."""
         with self._lock:
             token = inputs if inputs.dtype == mx.uint32 else inputs.astype(mx.uint32)
@@ -125,24 +127,27 @@ class Replay:
                 return self._first(model, inputs, token, cache)
             with self._lender.lent():
                 arrays = [array for entry in cache for array in (entry.keys, entry.values)]
-                logits, *rows = self._program.step(token, arrays, cache[0].offset)
+                row: int = _row(cache[0])  # type: ignore[assignment]  # `fits` has looked
+                logits, *rows = self._program.step(token, arrays, cache[0].offset, row)
                 for entry, keys, values in zip(cache, rows[::2], rows[1::2], strict=True):
                     entry.keys, entry.values = keys, values
                     entry.offset += 1
+                    if type(entry) is RotatingKVCache:
+                        entry._idx = row + 1
                 del arrays, keys, values  # or the old rows would seem to be somebody else's, and be copied
-                self._lender.started(logits)
+                self._lender.started(logits, self._program.wait)
             return logits  # type: ignore[no-any-return]
 
-    def _first(self, model: Any, inputs: mx.array, token: mx.array, cache: list[KVCache]) -> mx.array:
-        position = cache[0].offset
+    def _first(self, model: Any, inputs: mx.array, token: mx.array, cache: list[Any]) -> mx.array:
+        position, row = cache[0].offset, _row(cache[0])
         logits: mx.array = model.compute(inputs, cache=cache)
         arrays: list[Any] = [array for entry in cache for array in (entry.keys, entry.values)]
         mx.eval(logits, arrays)
         try:
             program = _record(model, len(cache))
             with self._lender.lent():
-                again = program.step(token, arrays, position)
-                self._lender.started(again[0])
+                again = program.step(token, arrays, position, row)
+                self._lender.started(again[0], program.wait)
             mx.eval(again)
             if not all(mx.array_equal(a, b).item() for a, b in zip(again, [logits, *arrays], strict=True)):
                 raise _Refused("replayed, it gives other bits")
@@ -150,6 +155,18 @@ class Replay:
         except Exception as error:  # whatever the model's code makes of placeholders
             self.reason = str(error) or type(error).__name__
         return logits
+
+
+def _row(entry: Any) -> int | None:
+    """Where in its arrays a cache keeps the next token; None if that takes more than writing there, or is unknown."""
+    if type(entry) is KVCache and entry.keys is not None:
+        return int(entry.offset) if entry.offset < entry.keys.shape[2] else None
+    if type(entry) is RotatingKVCache and entry.keys is not None:
+        room = entry.keys.shape[2]
+        if room > entry.max_size or entry.offset >= room != entry.max_size:  # it is cut, or grows, before that
+            return None
+        return int(entry.keep if entry._idx == entry.max_size else entry._idx)
+    return None
 
 
 def _record(model: Any, layers: int) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,19 +22,28 @@ from .policy import FOLLOWING, MEMORY, STEPS, WEIGHT, Recall
 from .switch import PagedSwitch
 
 
+class _Running(threading.local):
+    """Results that a thread began and has not waited for.
+
+    A failed read is raised once, in whichever thread waits for it first; the results of others must not be touched.
+    """
+
+    def __init__(self) -> None:
+        self.results: deque[mx.array] = deque()
+
+
 class Lending:
     """All paged layers of one model."""
 
     def __init__(self, pager: Pager, switches: Sequence[PagedSwitch]) -> None:
         self._pager, self._switches = pager, tuple(switches)
         self._shelves: list[tuple[Slots, Any]] = []
-        self._kernels: Any = None
         self._lock = threading.RLock()  # taken before any layer's
-        self._running: deque[tuple[mx.array, int]] = deque()  # not waited for yet; errors reported when each began
+        self._running = _Running()
+        self._wait: Callable[[], None] = lambda: None  # until the kernels compute nothing
 
     def shelve(self, kernels: Any) -> None:
         """Make the native counterparts of all slots; a layer that has none cannot be replayed."""
-        self._kernels = kernels
         kernels.on_failed_read(ExpertReadError)
         for switch in self._switches:
             switch.slots.shelf = make_shelf(kernels, switch.slots)
@@ -59,40 +68,30 @@ class Lending:
                 shelf.arrange(slots.order(), *slots.state())
             self._pager.borrower = self
 
-    def started(self, result: mx.array) -> None:
+    def started(self, result: mx.array, wait: Callable[[], None]) -> None:
         """`result` is computed from what is lent: begin at once, for slots change with every token.
 
-        Up to three tokens may be under way. A read that fails is raised here, or where MLX waits for the token.
+        Up to three tokens of a thread may be under way. A read that fails is raised here, or where MLX waits for the
+        token, in the thread that began it.
         """
         if not self._shelves:
             return
-        self._running.append((result, self._kernels.reported()))
+        self._wait, results = wait, self._running.results
+        results.append(result)
         try:
             mx.async_eval(result)
-            if len(self._running) > 2:
-                mx.eval(self._running.popleft()[0])
+            if len(results) > 2:
+                mx.eval(results.popleft())
         except ReadError:
-            self._finish()
+            results.clear()
             raise
 
-    def _finish(self) -> ReadError | None:
-        """Wait until nothing is under way; returns an error that nobody has been told of yet."""
-        untold: ReadError | None = None
-        while self._running:
-            result, reported = self._running.popleft()
-            told = self._kernels.reported() > reported
-            try:
-                mx.eval(result)
-            except ReadError as error:
-                untold = untold or (None if told else error)
-        return untold
-
     def give_back(self) -> None:
-        """Wait for the kernels, and let Python decide again. Raises ExpertReadError once that is done."""
+        """Wait for the kernels, and let Python decide again."""
         with self._lock:
             if self._pager.borrower is not self:
                 return
-            error = self._finish()
+            self._wait()
             stats = self._pager.stats
             for slots, shelf in self._shelves:
                 slots.restore(shelf.order(), shelf.state())
@@ -103,8 +102,6 @@ class Lending:
                 stats.bytes_read += size
                 stats.read_seconds += seconds
             self._pager.borrower = None  # last: from here on layers are called
-        if error is not None:
-            raise error
 
 
 def make_shelf(kernels: Any, slots: Slots) -> Any:

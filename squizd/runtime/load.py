@@ -26,6 +26,7 @@ from ..kernels.replay import Replay
 from . import device
 from .blueprint import Blueprint, ExpertLayer, Resident, draw, fill
 from .budget import Budget, Demand, LayerDemand, make_budget, parse_share, parse_size
+from .caches import GROUP_SIZE, CacheOptions
 from .deferral import Deferral
 from .deferral import install as install_deferral
 from .exchange import Exchange
@@ -48,7 +49,8 @@ class Residency:
 
     Attributes: `file` (the open container), `budget` (bytes by purpose, slots per layer), `paged_layers`
     (expert layers with fewer slots than experts; 0: the graph is mlx-lm's own), `replay` (how squizd's kernels
-    compute single tokens, where there are kernels), `deferral` (how single tokens wait for routers on GPUs).
+    compute single tokens, where there are kernels), `deferral` (how single tokens wait for routers on GPUs), `caches`
+    (the prompt caches that the budget reserved).
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Residency:
         paged_layers: int,
         replay: Replay | None = None,
         deferral: Deferral | None = None,
+        caches: CacheOptions | None = None,
     ) -> None:
         self.file, self.budget, self.paged_layers, self.replay = file, budget, paged_layers, replay
+        self.caches = caches or CacheOptions()
         self.deferral = deferral
         self._pager = pager
 
@@ -87,8 +91,12 @@ class Residency:
 
     @property
     def arithmetic(self) -> str:
-        """What computes: squizd's kernels, or MLX (and why, where the kernels could)."""
-        return device.arithmetic()
+        """What computes: squizd's kernels, or MLX (and why, where the kernels could).
+
+        With the kernels also why single tokens are not replayed, where they are not.
+        """
+        reason = self.replay.reason if self.replay is not None else ""
+        return device.arithmetic() + (f", tokens not replayed: {reason}" if reason else "")
 
     @property
     def stats(self) -> Stats:
@@ -123,6 +131,9 @@ def load(
     memory: str | int | None = None,
     resident: str | float | None = None,
     context: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP_SIZE,
+    max_kv_size: int | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a `.squizd` file as (mlx-lm model, tokenizer).
 
@@ -131,14 +142,28 @@ def load(
     "0%" is the least that works. With a profile in the file the layers have that memory by need, and the most used
     experts are read at once, in the background. With both, `memory` must suffice for that share. With neither, all
     experts are held if they fit in 70 % of the free memory, else that is the budget. `context` defaults to 4096
-    tokens, or less where the model was made for less or their cache would take over a quarter of `memory`.
+    tokens, or less where the model was made for less or their cache would take over a quarter of `memory`; with
+    `max_kv_size` to all that the model was made for.
 
-    No answer depends on these. Floats are computed in float32 on CPU and as stored elsewhere. Sets MLX's
+    No answer depends on these. With `kv_bits` (2, 3, 4, 8; one scale for `kv_group_size` numbers) the budget reserves
+    mlx-lm's quantized cache, with `max_kv_size` its rotating one, which keeps the first 4 and the latest tokens; both
+    change answers, exactly as in mlx-lm. `stream_generate` and `Session` use such caches; whoever generates otherwise
+    takes them from `state(model).caches`.
+
+    Floats are computed in float32 on CPU and as stored elsewhere. Sets MLX's
     process-wide cache limit to a part of the budget.
 
     Raises ReadError and FormatError (the file), SourceError (its model), BudgetError, RequestError.
     """
-    model = load_model(path, memory=memory, resident=resident, context=context)
+    model = load_model(
+        path,
+        memory=memory,
+        resident=resident,
+        context=context,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        max_kv_size=max_kv_size,
+    )
     file = state(model).file
     return model, _load_tokenizer(file, file.metadata["model"]["config"])
 
@@ -155,8 +180,12 @@ def load_model(
     memory: str | int | None = None,
     resident: str | float | None = None,
     context: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP_SIZE,
+    max_kv_size: int | None = None,
 ) -> nn.Module:
     """`load` without the tokenizer, which a file need not have."""
+    caches = CacheOptions(kv_bits, kv_group_size, max_kv_size)
     limit = None if memory is None else parse_size(memory)
     share = None if resident is None else parse_share(resident)
     if context is not None and context < 1:
@@ -165,9 +194,9 @@ def load_model(
     pager = Pager(file)
     try:
         blueprint = draw(file)
-        needs = probe(blueprint, file.metadata["model"]["config"], file.path)
+        needs = probe(blueprint, file.metadata["model"]["config"], file.path, caches)
         profile = read_profile(file)
-        tokens = context or _default_context(needs, limit)
+        tokens = context or _default_context(needs, limit, caches)
         demand = _demand(blueprint, needs, file, profile)
         budget = make_budget(demand, tokens, memory=limit, share=share, available=device.available_memory())
         pager.transfer = device.transfer(_largest_record(file))
@@ -183,12 +212,14 @@ def load_model(
         replay = device.accelerate(blueprint.model, Lending(pager, switches))
         deferral = _defer(blueprint, pager, needs) if switches and device.defers() else None
         pager.stats = Stats()
+        if replay is not None and caches.bits is not None:
+            replay.reason = "its cache is quantized"
         if profile is not None and pager.transfer is None:  # a transfer is untried beside a running model
             _warm(blueprint, pager, profile)
     except BaseException:
         pager.close()
         raise
-    blueprint.model.squizd = Residency(file, budget, pager, sum(paged), replay, deferral)
+    blueprint.model.squizd = Residency(file, budget, pager, sum(paged), replay, deferral, caches)
     return blueprint.model
 
 
@@ -216,8 +247,10 @@ def _defer(blueprint: Blueprint, pager: Pager, needs: Needs) -> Deferral:
     return deferral
 
 
-def _default_context(needs: Needs, limit: int | None) -> int:
-    """Tokens to reserve cache for when nobody said: at most a quarter of the budget."""
+def _default_context(needs: Needs, limit: int | None, caches: CacheOptions | None = None) -> int:
+    """Tokens to reserve cache for when nobody said: at most a quarter of the budget. A bounded cache holds any text."""
+    if caches is not None and caches.max_size is not None and needs.max_context:
+        return needs.max_context
     tokens = min(DEFAULT_CONTEXT, needs.max_context or DEFAULT_CONTEXT)
     while limit is not None and tokens > LEAST_CONTEXT and 4 * needs.cache_bytes(tokens, LEAST_CONTEXT) > limit:
         tokens = max(LEAST_CONTEXT, tokens // 2)

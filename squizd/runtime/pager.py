@@ -124,10 +124,7 @@ class Pager:
     def close(self) -> None:
         """Stop the threads and close the file; closing twice is fine. No read outlives `run`, so none is waited for."""
         self.stop_warming()
-        try:
-            self.reclaim()
-        except ReadError:  # of a token that nobody waits for
-            pass
+        self.reclaim()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=False)

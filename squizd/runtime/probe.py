@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache
 
 from ..architecture import replace_module
-from ..errors import SourceError
+from ..errors import RequestError, SourceError
 from .blueprint import Blueprint
 from .budget import Workspace
+from .caches import CacheOptions, entries
 from .device import compute_type, fuses_attention
 
 _STEP = 256  # tokens; mlx-lm's caches grow by as many
@@ -30,6 +31,7 @@ class CacheGrowth:
     first: int
     second: int
     window: int | None  # tokens that a rotating cache keeps
+    unquantized: int = 0  # what 256 tokens take before they are quantized, where they are
 
     def bytes(self, tokens: int, chunk: int) -> int:
         """An upper bound after `tokens`, prefilled `chunk` at a time."""
@@ -37,7 +39,12 @@ class CacheGrowth:
             return -(-self.first * min(tokens + _STEP, self.window + chunk) // _STEP)
         growth = max(0, self.second - self.first)
         spare = _STEP - 1  # it grows by _STEP from any length
-        return self.first + -(-growth * (tokens + spare - _STEP) // _STEP)
+        held = self.first + -(-growth * (tokens + spare - _STEP) // _STEP)
+        if not self.unquantized:
+            return held
+        # The first chunk is there both ways while it is quantized; what comes later is quantized token by token.
+        begun = -(-min(tokens, chunk) // _STEP)
+        return max(held, begun * (self.unquantized + max(self.first, growth)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,10 @@ class Needs:
     def workspace_bytes(self, chunk: int, context: int) -> int:
         """An upper bound of what a pass over `chunk` tokens at the end of `context` allocates for a while."""
         largest = max((cache.bytes(context, chunk) for cache in self.caches), default=0)
-        return self.space.bytes(chunk, context) + 2 * largest  # a cache grows by copying
+        windows = [cache.window for cache in self.caches]
+        longest = max((w for w in windows if w is not None), default=0) if None not in windows else context
+        reach = min(context, longest + chunk)  # what a token attends to
+        return self.space.bytes(chunk, reach) + 2 * largest  # a cache grows by copying
 
     def cache_bytes(self, tokens: int, chunk: int) -> int:
         """An upper bound of the prompt cache after `tokens`, prefilled `chunk` at a time."""
@@ -74,39 +84,51 @@ class _Recorder(nn.Module):
         return out
 
 
-def probe(blueprint: Blueprint, config: dict[str, Any], where: str) -> Needs:
-    """Run the empty model lazily on 256 tokens, then on 256 more.
+def probe(blueprint: Blueprint, config: dict[str, Any], where: str, options: CacheOptions | None = None) -> Needs:
+    """Run the empty model lazily on 256 tokens, then on 256 more, with the caches of `options`.
 
-    Raises SourceError, naming `where`, when mlx-lm cannot run the architecture or a cache has no size.
+    Raises SourceError, naming `where`, when mlx-lm cannot run the architecture or a cache has no size, and
+    RequestError when the model cannot do with such caches.
     """
+    options = options or CacheOptions()
     recorders = [_Recorder(layer.module) for layer in blueprint.layers]
     for layer, recorder in zip(blueprint.layers, recorders, strict=True):
         replace_module(blueprint.model, layer.layer.path, recorder)
     model: Any = blueprint.model
     tokens = mx.zeros((1, _STEP), mx.int32)
     try:
-        cache = make_prompt_cache(model)
+        cache = options.make(model)
         with _attentions() as seen:
             model(tokens, cache=cache)
-        first = [_size(entry) for entry in _entries(cache)]
-        model(tokens, cache=cache)
-        entries = list(_entries(cache))
-        second = [_size(entry) for entry in entries]
+        unquantized = [_size(entry) for entry in entries(cache)]
+        options.quantize(cache)
+        first = [_size(entry) for entry in entries(cache)]
+        _again(model, tokens, cache, options)
+        found = list(entries(cache))
+        second = [_size(entry) for entry in found]
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}", hint=error.hint) from error
     except Exception as error:  # whatever an architecture raises when it is run on nothing
         raise SourceError(f"{where}: mlx-lm cannot run {config.get('model_type')} as stored: {error}") from error
     finally:
         for layer in blueprint.layers:
             replace_module(blueprint.model, layer.layer.path, layer.module)
     caches = [
-        CacheGrowth(a, b, window if isinstance(window := getattr(entry, "max_size", None), int) else None)
-        for a, b, entry in zip(first, second, entries, strict=True)
+        CacheGrowth(
+            a,
+            b,
+            window if isinstance(window := getattr(entry, "max_size", None), int) else None,
+            whole if isinstance(entry, QuantizedKVCache) else 0,
+        )
+        for a, b, whole, entry in zip(first, second, unquantized, found, strict=True)
     ]
     # A module that a plain forward pass leaves out (multi-token prediction) routes like the others.
     usual = max((recorder.top_k for recorder in recorders), default=1) or 1
     top_k = tuple(recorder.top_k or usual for recorder in recorders)
     longest = _find(config, "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx")
     growing = sum(entry.second > entry.first or entry.window is not None for entry in caches)
-    space = _workspace(blueprint, top_k, config, fused=fuses_attention() and len(seen) >= growing)
+    fused = fuses_attention() and options.bits is None and len(seen) >= growing
+    space = _workspace(blueprint, top_k, config, fused=fused)
     return Needs(top_k, tuple(caches), space, longest)
 
 
@@ -162,14 +184,16 @@ def _find(config: dict[str, Any], *names: str) -> int:
     return 0
 
 
-def _entries(cache: Sequence[Any]) -> Iterator[Any]:
-    """The caches in `cache`, nested ones (CacheList) taken apart."""
-    for entry in cache:
-        nested = getattr(entry, "caches", None)
-        if nested is not None:
-            yield from _entries(nested)
-        elif entry is not None:
-            yield entry
+def _again(model: Any, tokens: mx.array, cache: list[Any], options: CacheOptions) -> None:
+    """More tokens, which see what the caches hold: here a model shows that it cannot use quantized ones."""
+    try:
+        model(tokens, cache=cache)
+    except Exception as error:
+        if options.bits is None:
+            raise
+        raise RequestError(
+            f"this model cannot use a quantized cache: {' '.join(str(error).split())}", hint="leave out --kv-bits"
+        ) from error
 
 
 def _size(entry: Any) -> int:

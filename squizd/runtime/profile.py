@@ -1,8 +1,6 @@
 """What a file's PROF appendix says about its routing (spec, "Appendices"), as far as paging uses it. No MLX.
 
-Lines of layers may have one member more than the spec lists (readers ignore such): `hits_by_slots`, an
-array of [slots, hits], ascending: what the pager's own policy would have hit in so many slots, had the
-text been decoded token by token from empty slots. Without it hits are estimated from counts alone.
+Here `hits_by_slots` is what the pager's own policy would have hit. Without it hits are estimated from counts alone.
 """
 
 from __future__ import annotations
@@ -102,7 +100,7 @@ def _profile(header: dict[str, Any], lines: Sequence[dict[str, Any]], file: File
 
 
 def _points(value: Any, experts: int, lookups: int) -> Points:
-    """`hits_by_slots`, or nothing if it is not what this module writes: the spec promises nothing about it."""
+    """`hits_by_slots`, or nothing if it is not what section 17 says: then it counts as absent."""
     if not isinstance(value, list) or not all(isinstance(p, list) and len(p) == 2 for p in value):
         return ()
     points = tuple((p[0], p[1]) for p in value)

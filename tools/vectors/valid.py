@@ -472,6 +472,19 @@ def rows_of(width: int, value: int) -> list[Tensor]:
     return [raw("up_proj.weight", "expert", "u8", (width,), [value] * width)]
 
 
+@vector
+def hits() -> Spec:
+    """A profile whose `hits_by_slots` is as the text says in one layer, and means nothing in two."""
+    layers = [(i, f"m{i}", [Expert(0, rows_of(2, 3 * i + e)) for e in range(3)]) for i in range(3)]
+    spec = Spec(text(metadata()), [(_byte("r", 1), None)], [], [rows_of(2, 0)], layers)
+    head = {"appendix": "profile", "version": 1, "tokens": 9, "text_sha256": "0" * 64}
+    line = {"counts": [9, 4, 5], "gate_mass": [4.5, 2, 2.5]}
+    values: list[Any] = [[[2, 7], [3, 15]], [[3, 15], [2, 7], [4, 99], [-1]], "many"]
+    lines_of_layers = ({"layer": i, **line, "hits_by_slots": value} for i, value in enumerate(values))
+    spec.appendices = [Appendix("PROF", lines(head, *lines_of_layers))]
+    return spec
+
+
 # -- just inside the limits ------------------------------------------------------------------------------
 
 

@@ -48,7 +48,6 @@ HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Ban
 }
 
 PyObject* failed_read = nullptr;  // the class to raise, with (path, layer, expert, offset, reason)
-size_t reported = 0;  // how often that was raised
 
 // MLX hands on only the message of what went wrong in its threads: here it becomes the exception that it was.
 void translate(const std::exception_ptr& thrown, void*) {
@@ -58,7 +57,6 @@ void translate(const std::exception_ptr& thrown, void*) {
     const Failure f = failure_of(error.what());
     if (!failed_read || f.message.empty()) throw;
     nb::object value = nb::borrow(failed_read)(f.path, f.layer, f.expert, f.offset, f.reason);
-    reported++;
     PyErr_SetObject(failed_read, value.ptr());
   }
 }
@@ -99,7 +97,6 @@ NB_MODULE(_native, m) {
 
   nb::register_exception_translator(translate);
   m.def("on_failed_read", [](nb::object kind) { failed_read = kind.release().ptr(); });
-  m.def("reported", [] { return reported; });
   m.def("xxh64", [](nb::bytes data) { return xxh64(static_cast<const uint8_t*>(data.data()), data.size()); });
   nb::class_<HeldShelf>(m, "Shelf")
       .def("__init__", [](HeldShelf* self, const std::string& name, int fd, int layer, std::vector<Bank> banks,
@@ -133,7 +130,8 @@ NB_MODULE(_native, m) {
         new (self) HeldProgram{std::make_shared<Program>(result, token, position, caches)};
       })
       .def("jobs", [](const HeldProgram& p) { return p.program->jobs(); })
-      .def("step", [](const HeldProgram& p, const array& token, const Arrays& caches, int position) {
-        return Program::step(p.program, token, caches, position);
+      .def("wait", [](const HeldProgram& p) { p.program->wait(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("step", [](const HeldProgram& p, const array& token, const Arrays& caches, int position, int row) {
+        return Program::step(p.program, token, caches, position, row);
       });
 }

@@ -365,7 +365,7 @@ Job Attend::prepare_cached(const Arrays& in, array& out, const Cache& keys, cons
   const float* sinks = sinks_ ? in.back().data<float>() : nullptr;
   return [a, groups, heads, sinks, offset, &keys, &values, qp = q.data<float>(), op = out.data<float>()] {
     Attention now = a;
-    now.keys = *offset + 1;
+    now.keys = std::min(*offset + 1, keys.capacity);  // a rotating cache is full and stays so
     attention(engine(), groups, heads, now, [&](int g) {
       Attention mine = now;
       mine.q = qp + g * heads * now.q_head;

@@ -128,9 +128,9 @@ void Program::emit(const array& node, std::unordered_map<uintptr_t, array>& real
     const array fresh = in[0];
     outs[0] = fresh;  // attention looks at its shape only
     job = [to = &caches_[size_t(cache->index)], from = fresh.data<float>(), heads = fresh.shape(1), width = fresh.shape(3),
-           head = fresh.strides(1), step = fresh.strides(3), position = position_.data<int>()] {
+           head = fresh.strides(1), step = fresh.strides(3), at = &row_] {
       for (int h = 0; h < heads; h++) {
-        float* row = to->rows + (ptrdiff_t(h) * to->capacity + *position) * width;
+        float* row = to->rows + (ptrdiff_t(h) * to->capacity + *at) * width;
         if (step == 1) memcpy(row, from + h * head, size_t(width) * sizeof(float));
         else
           for (int d = 0; d < width; d++) row[d] = from[h * head + d * step];
@@ -162,10 +162,24 @@ void Program::emit(const array& node, std::unordered_map<uintptr_t, array>& real
   }
 }
 
-void Program::run(const void* token, int position, const std::vector<Attend::Cache>& caches, float* result) {
+Program::Ticket::Ticket(std::shared_ptr<Program> of) : program(std::move(of)) {
+  std::lock_guard lock(program->counting_);
+  program->under_way_++;
+}
+Program::Ticket::~Ticket() {
+  std::lock_guard lock(program->counting_);
+  if (!--program->under_way_) program->ended_.notify_all();
+}
+void Program::wait() {
+  std::unique_lock lock(counting_);
+  ended_.wait(lock, [this] { return !under_way_; });
+}
+
+void Program::run(const void* token, int position, int row, const std::vector<Attend::Cache>& caches, float* result) {
   std::lock_guard alone(running_);
   memcpy(token_.data<char>(), token, token_.nbytes());
   *position_.data<int>() = position;
+  row_ = row;
   caches_ = caches;
   try {
     for (const Job& job : jobs_) job();
@@ -196,7 +210,8 @@ class Own : public mx::Primitive {
 
 class Step : public mx::Primitive {
  public:
-  Step(mx::Stream s, std::shared_ptr<Program> program, int position) : Primitive(s), program_(std::move(program)), position_(position) {}
+  Step(mx::Stream s, std::shared_ptr<Program> program, int position, int row)
+      : Primitive(s), program_(std::move(program)), position_(position), row_(row) {}
   const char* name() const override { return "SquizdStep"; }
   void eval_gpu(const Arrays&, Arrays&) override { only_traced(); }
 
@@ -207,30 +222,31 @@ class Step : public mx::Primitive {
       outputs[i].copy_shared_buffer(in[i]);
       caches.push_back({outputs[i].data<float>(), outputs[i].shape(2)});
     }
-    mx::cpu::get_command_encoder(stream()).dispatch([program = program_, token = in[0].data<char>(), position = position_,
-                                                     caches = std::move(caches), result = outputs[0].data<float>()] {
-      program->run(token, position, caches, result);
+    mx::cpu::get_command_encoder(stream()).dispatch([ticket = std::make_shared<Program::Ticket>(program_), token = in[0].data<char>(),
+                                                     position = position_, row = row_, caches = std::move(caches),
+                                                     result = outputs[0].data<float>()] {
+      ticket->program->run(token, position, row, caches, result);
     });
   }
 
  private:
   std::shared_ptr<Program> program_;
-  int position_;
+  int position_, row_;
 };
 
-Arrays Program::step(const std::shared_ptr<Program>& program, const array& token, const Arrays& caches, int position) {
+Arrays Program::step(const std::shared_ptr<Program>& program, const array& token, const Arrays& caches, int position, int row) {
   if (caches.size() != program->caches_.size() || token.size() != program->token_.size() || token.dtype() != program->token_.dtype())
     throw std::invalid_argument("not the inputs of this program");
   Arrays in{dense(token)};
   std::vector<mx::Shape> shapes{program->result_.shape()};
   for (const array& cache : caches) {
-    if (cache.ndim() != 4 || position < 0 || position >= cache.shape(2) || cache.dtype() != mx::float32)
+    if (cache.ndim() != 4 || row < 0 || row > position || row >= cache.shape(2) || cache.dtype() != mx::float32)
       throw std::invalid_argument("no room in a cache");
     in.emplace_back(cache.shape(), cache.dtype(), std::make_shared<Own>(stream()), Arrays{cache});
     shapes.push_back(cache.shape());
   }
   return array::make_arrays(std::move(shapes), std::vector<mx::Dtype>(in.size(), mx::float32),
-                            std::make_shared<Step>(stream(), program, position), in);
+                            std::make_shared<Step>(stream(), program, position, row), in);
 }
 
 }  // namespace squizd

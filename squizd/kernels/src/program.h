@@ -1,6 +1,7 @@
 // One token of a model as a list of jobs over fixed memory: what building and walking MLX's graph costs, over a thousand
 // nodes a token, is paid once. Made from the graph of a real call, so it knows nothing of any model.
 #pragma once
+#include <condition_variable>
 #include <mutex>
 
 #include "primitives.h"
@@ -22,20 +23,31 @@ class Program {
   Program(const array& result, const array& token, const array& position, int caches);
   Program(const Program&) = delete;
 
-  // [result, caches...] for a token; `caches` [1, heads, capacity, width] hold `position` rows, and one more afterwards. Lazy.
-  static Arrays step(const std::shared_ptr<Program>& program, const array& token, const Arrays& caches, int position);
+  // [result, caches...] for a token at `position`, whose keys and values become row `row` of `caches` [1, heads, capacity, width]:
+  // the first `position` + 1 rows are attended to, or all where there are not so many (a cache that rotates). Lazy.
+  static Arrays step(const std::shared_ptr<Program>& program, const array& token, const Arrays& caches, int position, int row);
 
   size_t jobs() const { return jobs_.size(); }
+  // Returns when no token is under way. What went wrong in one is left to whoever waits for its result.
+  void wait();
 
  private:
   friend class Step;
-  void run(const void* token, int position, const std::vector<Attend::Cache>& caches, float* result);
+  struct Ticket {  // as long as there is one, a token is under way
+    explicit Ticket(std::shared_ptr<Program> of);
+    ~Ticket();
+    const std::shared_ptr<Program> program;
+  };
+  void run(const void* token, int position, int row, const std::vector<Attend::Cache>& caches, float* result);
   void emit(const array& node, std::unordered_map<uintptr_t, array>& real, std::unordered_map<uintptr_t, int>& appended);
 
-  std::mutex running_;
+  std::mutex running_, counting_;
+  std::condition_variable ended_;
+  int under_way_ = 0;
   std::vector<Job> jobs_;
   std::vector<array> kept_;  // owns all memory that the jobs use
   array token_, position_, result_;
+  int row_ = 0;
   std::vector<Attend::Cache> caches_;
 };
 

@@ -43,6 +43,7 @@ Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::
       recall_(records_.count(), std::move(rules)) {}
 
 void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
+  if (!lent_) throw std::runtime_error(name_ + ": a token was begun before its slots were given back, and computed afterwards");
   std::vector<Missing> missing;
   const uint64_t now = ++clock_;
   for (int i = 0; i < count; i++) {
@@ -158,6 +159,7 @@ std::vector<std::pair<int, int>> Shelf::order() {
 void Shelf::arrange(const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& counts, int token,
                     const std::vector<uint32_t>& history, int choices) {
   recall_.restore(counts, token, history, choices);
+  lent_ = true;
   std::fill(slot_of_.begin(), slot_of_.end(), -1);
   std::fill(expert_in_.begin(), expert_in_.end(), -1);
   std::fill(used_.begin(), used_.end(), 0);
@@ -172,6 +174,7 @@ void Shelf::arrange(const std::vector<std::pair<int, int>>& order, const std::ve
 Shelf::Counts Shelf::take_counts() {
   Counts out = counts_;
   counts_ = {};
+  lent_ = false;
   return out;
 }
 

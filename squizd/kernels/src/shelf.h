@@ -56,6 +56,7 @@ class Shelf {
   std::vector<uint64_t> used_;  // by slot: the clock of its last use
   uint64_t clock_ = 0;
   Recall recall_;
+  bool lent_ = false;  // whether slots are decided here: from `arrange` to `take_counts`
   Counts counts_;
   std::vector<Records::Buffer> buffers_;  // by worker
 };
