@@ -55,11 +55,13 @@ def cached_share(fd: int, records: Sequence[Record]) -> float:
 
 def drop(fd: int, records: Sequence[Record]) -> None:
     """Have nothing of the file in the system's cache."""
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    share = cached_share(fd, records)
-    if share > 0.01:
-        raise SystemExit(f"{share:.0%} of the extents are still in the system's cache: somebody has the file mapped")
+    for _ in range(20):  # pages that are just being read cannot go yet
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        share = cached_share(fd, records)
+        if share <= 0.01:
+            return
+        time.sleep(0.05)
+    raise SystemExit(f"{share:.0%} of the extents are still in the system's cache: somebody has the file mapped")
 
 
 class Reader:
@@ -110,11 +112,11 @@ def engines(file: Any, options: argparse.Namespace, result: dict[str, Any]) -> N
     """The two engines, and what each is without digest or announcements."""
     records = [file.expert(x.layer, e) for x in file.moe_layers for e in range(x.expert_count)]
     reader = Reader(max(r.stored_size for r in records))
-    sources: dict[str, Source] = {"preadv": Positioned(file), "mapped": Mapped(file)}
+    kinds: dict[str, Callable[[Any], Source]] = {"preadv": Positioned, "mapped": Mapped}
     sides = {
         f"{name}, {threads} thread{'s' * (threads > 1)}{', announced' * announce}{', digest' * digest}":
-            (source, threads, announce, digest)
-        for name, source in sources.items()
+            (kind, threads, announce, digest)
+        for name, kind in kinds.items()
         for digest in (False, True)
         for announce in (False, True)
         for threads in (1, 2, 4, 8)
@@ -126,10 +128,12 @@ def engines(file: Any, options: argparse.Namespace, result: dict[str, Any]) -> N
         size = sum(r.stored_size for r in chosen)
         for temperature, rates in found.items():
             for name in chance.sample(list(sides), len(sides)):
-                source, threads, announce, digest = sides[name]
+                kind, threads, announce, digest = sides[name]
                 if temperature == "cold":
                     drop(file.fileno(), chosen)
+                source = kind(file)
                 rates[name].append(size / reader.seconds(source, [chosen], threads, announce, digest) / 1e9)
+                source.close()  # a mapped page cannot be dropped
     for temperature, rates in found.items():
         best = max(statistics.median(v) for name, v in rates.items() if "digest" not in name)
         print(f"\n{temperature}: GB/s, median (least to most) of {options.rounds}; share of the best raw read")

@@ -6,18 +6,14 @@
 #include <deque>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
+#include <thread>
 
 namespace squizd {
 namespace {
 
 constexpr uint64_t AHEAD = 16 << 20;  // bytes that the system is reading beside those that are waited for
-constexpr int READERS = 4;
-
-// Threads that wait for a disk: more than compute where those are few. Made when first needed, and never ended.
-Pool& readers() {
-  static Pool& pool = *new Pool(READERS);
-  return pool;
-}
+constexpr int READERS = 4;             // threads that wait for a disk: more than compute where those are few
 
 std::mutex failure_lock;
 std::deque<Failure> failures;  // the last few: several tokens under way may fail before one is reported
@@ -91,16 +87,13 @@ bool Shelf::goes_before(const std::vector<uint64_t>& scores, int slot, int other
 
 void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
   const auto began = std::chrono::steady_clock::now();
-  read_all(missing, false, pool);  // what needs no disk, by the threads that compute
-  std::vector<Missing> cold;
-  for (const Missing& m : missing)
-    if (m.outcome == Records::NOT_CACHED) cold.push_back(m);
-  if (!cold.empty()) {
-    read_all(cold, true, readers());
-    auto next = cold.begin();
-    for (Missing& m : missing)
-      if (m.outcome == Records::NOT_CACHED) m = *next++;
-  }
+  // What needs no disk, by the threads that compute; if anything else is missing, it is waited for by others, which sleep.
+  buffers_.resize(std::max(buffers_.size(), size_t(std::max(pool.workers(), READERS))));
+  pool.run(int(missing.size()), false, [&](int task, int worker) { read(missing[size_t(task)], false, worker); });
+  std::vector<Missing*> cold;
+  for (Missing& m : missing)
+    if (m.outcome == Records::NOT_CACHED) cold.push_back(&m);
+  if (!cold.empty()) wait_for(cold);
   counts_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   const Missing* failed = nullptr;
   for (const Missing& m : missing) {
@@ -116,24 +109,36 @@ void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
   if (failed) report(*failed);
 }
 
-// With `wait`, the system is told ahead what comes: threads that wait for one record each do not keep a disk busy.
-void Shelf::read_all(std::vector<Missing>& missing, bool wait, Pool& pool) {
-  if (int(buffers_.size()) < pool.workers()) buffers_.resize(size_t(pool.workers()));
+void Shelf::read(Missing& m, bool wait, int worker) {
+  m.outcome = records_.read(m.expert, m.slot, wait, buffers_[size_t(worker)], m.error);
+}
+
+// The system is told ahead what comes: threads that wait for one record each do not keep a disk busy.
+void Shelf::wait_for(const std::vector<Missing*>& cold) {
   std::mutex announcing;
+  std::atomic<size_t> next{0};
   size_t announced = 0;
   uint64_t ahead = 0;  // bytes announced, and not yet begun to be read
-  pool.run(int(missing.size()), false, [&](int task, int worker) {
-    Missing& m = missing[size_t(task)];
-    if (wait) {
-      std::lock_guard lock(announcing);
-      while (announced < missing.size() && (announced <= size_t(task) || ahead < AHEAD)) {
-        records_.announce(missing[announced].expert);
-        ahead += records_[missing[announced++].expert].size;
+  auto work = [&](int worker) {
+    for (size_t task; (task = next.fetch_add(1)) < cold.size();) {
+      {
+        std::lock_guard lock(announcing);
+        while (announced < cold.size() && (announced <= task || ahead < AHEAD)) {
+          records_.announce(cold[announced]->expert);
+          ahead += records_[cold[announced++]->expert].size;
+        }
+        ahead -= records_[cold[task]->expert].size;
       }
-      ahead -= records_[m.expert].size;
+      read(*cold[task], true, worker);
     }
-    m.outcome = records_.read(m.expert, m.slot, wait, buffers_[size_t(worker)], m.error);
-  });
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < std::min(READERS, int(cold.size())); i++) others.emplace_back(work, i);
+  } catch (const std::system_error&) {  // as many as there can be
+  }
+  work(0);
+  for (std::thread& other : others) other.join();
 }
 
 void Shelf::report(const Missing& missing) const {

@@ -46,7 +46,8 @@ class Shelf {
   int take(uint64_t now);
   bool goes_before(const std::vector<uint64_t>& scores, int slot, int other) const;
   void bring(std::vector<Missing>& missing, Pool& pool);
-  void read_all(std::vector<Missing>& missing, bool wait, Pool& pool);
+  void read(Missing& missing, bool wait, int worker);
+  void wait_for(const std::vector<Missing*>& cold);
   [[noreturn]] void report(const Missing& missing) const;
 
   std::string name_;
