@@ -59,7 +59,7 @@ void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
     slot_of_[size_t(expert)] = slot;
     expert_in_[size_t(slot)] = expert;
     used_[size_t(slot)] = now;
-    missing.push_back({expert, slot});
+    missing.push_back({expert, slot, Records::NOT_CACHED, {}});
   }
   if (!missing.empty()) bring(missing, pool);
   for (int i = 0; i < count; i++) slots[i] = uint32_t(slot_of_[ids[i]]);
