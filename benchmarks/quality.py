@@ -6,6 +6,9 @@ For each budget, uniform recipes (experts at the width below it in groups of 128
 64) with min-max, mse, activation-weighted mse and gptq; then gptq with allocated bits, and with the same bits dealt at
 random among tensors of the same size. What needs calibration runs once per seed. One JSON line per row; rows
 that FOLDER has already are not computed again, so an interrupted run goes on. Files are deleted once evaluated.
+At last a table, means over seeds, in Markdown; with --plot also the curve of everything in FOLDER as SVG.
+
+    ... --targets 2.5 2.8 3.5 4.5 5.5 6.5 --variants allocated --seeds 0 --plot curve.svg
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import squizd
-from squizd import allocation, compression, corpus, planning
+from squizd import allocation, compression, corpus, planning, report
 from squizd.checkpoint import open_checkpoint
-from squizd.evaluation import evaluate
+from squizd.evaluation import Result, evaluate
 from squizd.guide import Calibration, prepare
 
-UNIFORM = {4.5: "4g128", 3.5: "3g128", 2.8: "2g128"}
+UNIFORM = {6.5: "6g128", 5.5: "5g128", 4.5: "4g128", 3.5: "3g128", 2.8: "2g128", 2.5: "2g128"}
 PLAIN = ("minmax", "mse")
 CALIBRATED = ("weighted", "gptq", "allocated", "random")
 
@@ -75,6 +81,40 @@ def options(args: argparse.Namespace, variant: str, target: float, seed: int) ->
     return {**learned, "quantizer": "gptq", "plan": path}
 
 
+def table(args: argparse.Namespace) -> str:
+    """Means over seeds of every row in the folder that was asked for, as Markdown."""
+    lines = ["| target | variant | seeds | bits per weight | KLD mean (of each seed) | 99.9 % | top-1 | perplexity |"]
+    lines.append("|---" * 8 + "|")
+    for target in args.targets:
+        for variant in args.variants:
+            kept = [args.out / f"row-{variant}-{target}-{seed}.json" for seed in args.seeds]
+            found = [json.loads(path.read_text()) for path in kept if path.exists()]
+            if not found:
+                continue
+            klds = [r["kld_mean"] for r in found]
+            shown = ("bits_per_weight", "kld_mean_error", "kld_999", "top1_agreement", "perplexity")
+            means = {key: float(np.mean([r[key] for r in found])) for key in shown}
+            each = f" ({', '.join(f'{k:.4f}' for k in klds)})" if len(klds) > 1 else ""
+            lines.append(
+                f"| {target} | {variant} | {len(found)} | {means['bits_per_weight']:.3f} | {np.mean(klds):.4f} ± "
+                f"{means['kld_mean_error']:.4f}{each} | {means['kld_999']:.3f} | {means['top1_agreement']:.1%} | "
+                f"{means['perplexity']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def curve(folder: Path) -> str:
+    """Every row in the folder, the first seed of each, as `squizd eval --report` draws them."""
+    names, results = [], []
+    for path in sorted(folder.glob("row-*.json")):
+        facts = json.loads(path.read_text())
+        name = f"{facts['variant']} {facts['target']:g}"
+        if name not in names:
+            names.append(name)
+            results.append(Result(**{field.name: facts[field.name] for field in fields(Result)}))
+    return report.plot(names, results)
+
+
 def rows(args: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
     """Every row, by seed."""
     for seed in args.seeds:
@@ -93,7 +133,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--targets", type=float, nargs="+", default=list(UNIFORM), choices=list(UNIFORM))
+    parser.add_argument("--targets", type=float, nargs="+", default=[4.5, 3.5, 2.8], choices=list(UNIFORM))
+    parser.add_argument("--texts", type=int, default=40)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--variants", nargs="+", default=[*PLAIN, *CALIBRATED], choices=[*PLAIN, *CALIBRATED])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +149,9 @@ def main() -> None:
             began, file = time.perf_counter(), args.out / f"{variant}-{target}-{seed}.squizd"
             squizd.compress(args.model, file, force=True, **options(args, variant, target, seed))
             seconds = time.perf_counter() - began
-            found = evaluate(str(file), text, reference=args.model, cache=args.out / "cache").describe()
+            found = evaluate(
+                str(file), text, texts=args.texts, reference=args.model, cache=args.out / "cache"
+            ).describe()
             facts = {"variant": variant, "target": target, "seed": seed, "compress_seconds": seconds, **found}
             kept.write_text(json.dumps(facts))
             file.unlink()
@@ -115,6 +159,9 @@ def main() -> None:
         wanted = ("variant", "target", "seed", "bits_per_weight", "perplexity", "kld_mean", "kld_mean_error", "kld_999",
                   "top1_agreement", "compress_seconds")  # fmt: skip
         print(json.dumps({key: facts[key] for key in wanted}), flush=True)
+    print(table(args))
+    if args.plot:
+        args.plot.write_text(curve(args.out) + "\n")
 
 
 if __name__ == "__main__":

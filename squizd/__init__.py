@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .compression import Summary, compress
+    from .allocation import Plan
+    from .compression import Summary, compress, plan
     from .container import File, Report, open, validate
     from .errors import SquizdError
+    from .evaluation import Result, evaluate
     from .fitting import fit
     from .generation import Conversation, Part, Sampling, Session, generate, stream_generate
+    from .guide import Calibration
     from .measuring import bench
     from .profiling import profile
     from .runtime.load import load
 
 _HOMES = {
-    "compress": ".compression", "Summary": ".compression",
+    "compress": ".compression", "plan": ".compression", "Summary": ".compression", "Plan": ".allocation",
+    "Calibration": ".guide", "evaluate": ".evaluation", "Result": ".evaluation",
     "open": ".container", "validate": ".container", "File": ".container", "Report": ".container",
     "SquizdError": ".errors",
     "generate": ".generation", "stream_generate": ".generation", "Session": ".generation",
@@ -30,8 +34,9 @@ _HOMES = {
 _WITHOUT_MLX = (".container", ".errors")
 
 __all__ = [
-    "Conversation", "File", "Part", "Report", "Sampling", "Session", "SquizdError", "Summary", "__version__",
-    "bench", "compress", "fit", "generate", "load", "open", "profile", "stream_generate", "validate",
+    "Calibration", "Conversation", "File", "Part", "Plan", "Report", "Result", "Sampling", "Session", "SquizdError",
+    "Summary", "__version__", "bench", "compress", "evaluate", "fit", "generate", "load", "open", "plan", "profile",
+    "stream_generate", "validate",
 ]  # fmt: skip
 
 

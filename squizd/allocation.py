@@ -57,9 +57,12 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, to read, edit and replay; OutputError if that fails."""
         facts = {"bits_per_weight": self.bits_per_weight, "tensors": self.tensors, "expected": self.expected}
+        partial = Path(f"{path}.partial")
         try:
-            Path(path).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+            partial.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+            partial.replace(path)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise OutputError(f"{path}: {error.strerror or error}") from error
 
     @classmethod

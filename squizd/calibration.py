@@ -29,9 +29,12 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from . import corpus as corpora
 from .architecture import expert_modules
+from .backend import on_cpu
 from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .errors import OutputError, SourceError, TextError
+from .scratch import Folder, Scratch
+from .single import alone
 from .walk import Walk
 
 Floats = npt.NDArray[np.float32]
@@ -40,20 +43,22 @@ Progress = Callable[[int, int], None]
 # Tokens of the whole layer's statistics that every expert's are mixed with: an expert that was never routed
 # has the layer's, one with thousands of tokens its own. On unseen text 128 to 512 leave 0.1 to 0.2 dB less error
 # than 32 does.
-PRIOR_TOKENS = 256.0
-HEAD_WINDOWS = 16  # on which the head's inputs are looked at: logits of more would take longer than the layers
+PRIOR_TOKENS = 512.0
+HEAD_WINDOWS = 64  # on which the head's inputs are looked at
+PRODUCT_ROWS = 1 << 15  # tokens of which products of inputs are summed for tensors in constant use
+PRODUCT_BYTES = 1 << 28  # of all such products: tensors that come later in the model do without
 
 
 @dataclass
 class ExpertInputs:
     """What reached the experts of one module: x [tokens, in] and, by token, the chosen experts and their gates.
 
-    All float32, `chosen` int32 [tokens, k], `gates` [tokens, k].
+    x and gates [tokens, k] float32, `chosen` int32 [tokens, k].
     """
 
     path: str
     module: nn.Module
-    x: Floats
+    x: Scratch
     chosen: npt.NDArray[np.int32]
     gates: Floats
 
@@ -91,52 +96,69 @@ class ExpertInputs:
 
     def hidden(self, x: mx.array, expert: int) -> mx.array:
         """What the last projection of an expert gets for inputs x [tokens, in]."""
-        indices = mx.full((x.shape[0], 1), expert, mx.uint32)
+        one, indices = alone(self.module, expert), mx.zeros((x.shape[0], 1), mx.uint32)
         x = x[:, None, None, :]
         if isinstance(self.module, SwitchGLU):
-            up, gate = (self.module[name](x, indices, sorted_indices=True) for name in ("up_proj", "gate_proj"))
-            out = self.module.activation(up, gate)
+            up, gate = (one[name](x, indices, sorted_indices=True) for name in ("up_proj", "gate_proj"))
+            out = one.activation(up, gate)
         else:
-            out = self.module.activation(self.module["fc1"](x, indices, sorted_indices=True))
+            out = one.activation(one["fc1"](x, indices, sorted_indices=True))
         flat: mx.array = out.reshape(x.shape[0], -1)
         return flat
 
     def of(self, expert: int, projection: str) -> tuple[mx.array, mx.array]:
         """Inputs [tokens, in] of one expert's projection, and gates [tokens]."""
         tokens, gates = self.rows(expert)
-        x = mx.array(self.x[tokens])
+        x = self.x.rows(tokens)
         if projection == self.last and len(tokens):
             x = self.hidden(x, expert)
         elif projection == self.last:
-            x = mx.zeros((0, self.module[projection]["weight"].shape[-1]))
+            x = self.hidden(mx.zeros((1, x.shape[-1])), expert)[:0]
         return x, mx.array(gates)
 
-    def hessians(self, projection: str, experts: Sequence[int]) -> Floats:
-        """Sum over tokens of gate² x xᵀ by expert, [experts, in, in], float32."""
-        width = self.module[projection]["weight"].shape[-1]
-        found = np.empty((len(experts), width, width), np.float32)
-        for i, expert in enumerate(experts):
+    def hessians(self, projection: str, experts: Sequence[int]) -> mx.array:
+        """Sum over tokens of gate² x xᵀ by expert, [experts, in, in], float32, evaluated."""
+        found = []
+        for expert in experts:
             x, gates = self.of(expert, projection)
-            weighted = np.array(x * gates[:, None])
-            np.matmul(weighted.T, weighted, out=found[i])  # ten times as fast as MLX on Linux CPUs
-        return found
+            found.append(_products(x * gates[:, None]))
+        stacked = mx.stack(found)
+        mx.eval(stacked)
+        return stacked
 
-    def mixed(self, hessians: Floats, layer: Floats) -> Floats:
+    def mixed(self, hessians: mx.array, layer: mx.array) -> mx.array:
         """`hessians` with `PRIOR_TOKENS` tokens of average gate of the layer's added."""
-        return hessians + np.float32(PRIOR_TOKENS * self.mean_square_gate()) * layer
+        return hessians + PRIOR_TOKENS * self.mean_square_gate() * layer
 
     def mean_square_gate(self) -> float:
         """Average gate² over tokens and their experts."""
         return float(np.mean(self.gates.astype(np.float64) ** 2))
 
-    def layer_hessian(self, projection: str) -> Floats:
+    def layer_hessian(self, projection: str) -> mx.array:
         """The sum of all experts' `hessians` per unit of gate², [in, in]."""
-        mass = float(np.sum(self.gates.astype(np.float64) ** 2))
-        total = self.hessians(projection, [0])[0]
-        for expert in range(1, self.count):
-            total += self.hessians(projection, [expert])[0]
-        mean: Floats = total / np.float32(max(mass, 1e-30))
-        return mean
+        squares = np.square(self.gates.astype(np.float64)).sum(axis=-1)
+        total = mx.zeros(())
+        if projection == self.last:
+            for expert in range(self.count):
+                total = total + self.hessians(projection, [expert])[0]
+                mx.eval(total)
+        else:  # all experts have the same inputs: every token once, by the sum of its gates² is enough
+            start, weights = 0, np.sqrt(squares).astype(np.float32)[:, None]
+            for x in self.x:
+                end = start + x.shape[0]
+                total, start = total + _products(x * mx.array(weights[start:end])), end
+                mx.eval(total)
+        return total / max(float(squares.sum()), 1e-30)
+
+
+def _products(x: mx.array) -> mx.array:
+    """xᵀ x for x [tokens, in]. NumPy's BLAS is ten times as fast as MLX's on Linux CPUs."""
+    if not on_cpu():
+        product = x.T @ x
+        mx.eval(product)
+        return product
+    rows = np.array(x, copy=False)
+    return mx.array(rows.T @ rows)
 
 
 @dataclass
@@ -146,6 +168,8 @@ class Statistics:
     moments: mean square input by channel, [in], or [experts, in] where weighted by gate² and mixed with the layer's.
     tokens, mass: by expert module, [experts]: how often each was chosen, and the sum of its gates.
     feedback: by expert projection, the share of the output error that GPTQ is expected to leave.
+    products: mean of x xᵀ, [in, in], of inputs of layers in constant use, by path of the first that has these inputs.
+    shared: that path by path of the others that have the same inputs.
     """
 
     source: dict[str, Any]
@@ -153,22 +177,28 @@ class Statistics:
     tokens: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     mass: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     feedback: dict[str, float] = field(default_factory=dict)
+    products: dict[str, Floats] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+    def hessian(self, path: str) -> Floats | None:
+        """Mean of x xᵀ of a layer in constant use, if it is known."""
+        return self.products.get(self.shared.get(path, path))
 
     def digest(self) -> str:
         """SHA-256 over everything."""
         found = hashlib.sha256(json.dumps(self.source, sort_keys=True).encode())
-        kinds: tuple[dict[str, Any], ...] = (self.moments, self.tokens, self.mass)
+        kinds: tuple[dict[str, Any], ...] = (self.moments, self.tokens, self.mass, self.products)
         for kind in kinds:
             for path, array in sorted(kind.items()):
                 found.update(path.encode() + b"\0" + array.tobytes())
-        found.update(json.dumps(self.feedback, sort_keys=True).encode())
+        found.update(json.dumps([self.feedback, self.shared], sort_keys=True).encode())
         return found.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as .npz; OutputError if that fails."""
-        facts = json.dumps({"source": self.source, "feedback": self.feedback})
+        facts = json.dumps({"source": self.source, "feedback": self.feedback, "shared": self.shared})
         arrays: dict[str, Any] = {"facts": np.frombuffer(facts.encode(), np.uint8)}
-        for kind in ("moments", "tokens", "mass"):
+        for kind in ("moments", "tokens", "mass", "products"):
             arrays |= {f"{kind} {name}": array for name, array in getattr(self, kind).items()}
         partial = Path(f"{path}.partial")
         try:
@@ -185,7 +215,7 @@ class Statistics:
         try:
             with open(path, "rb") as f, np.load(f) as z:  # a file that NumPy opens stays open if it is no archive
                 facts = json.loads(z["facts"].tobytes())
-                found = cls(facts["source"], feedback=facts["feedback"])
+                found = cls(facts["source"], feedback=facts["feedback"], shared=facts["shared"])
                 for name in z.files:
                     kind, _, key = name.partition(" ")
                     if key:
@@ -210,27 +240,55 @@ def windows_of(corpus: Corpus, checkpoint: Checkpoint, context: int, count: int,
 
 
 class _Inputs:
-    """Visitor: per linear layer the sum of squares of its inputs."""
+    """Visitor: per linear layer the sum of squares of its inputs, and of their products where there is room."""
 
     def __init__(self) -> None:
         self.sums: dict[str, mx.array] = {}
         self.rows: dict[str, int] = {}
+        self.products: dict[str, Floats] = {}
+        self.product_rows: dict[str, int] = {}
+        self.shared: dict[str, str] = {}
+        self._room = PRODUCT_BYTES
+        self._last: tuple[mx.array, str] | None = None
 
     def enter(self, path: str, layer: nn.Module) -> None:
         for name, module in list(layer.named_modules()):
             full = ".".join(filter(None, (path, name)))
             if isinstance(module, nn.Linear | nn.Embedding):
-                _listen(module, partial(self._add, full))
+                _listen(module, partial(self._add, full, isinstance(module, nn.Linear)))
 
     def leave(self, path: str, layer: nn.Module) -> None:
-        pass
+        self._last = None
 
-    def _add(self, path: str, x: mx.array) -> None:
+    def _add(self, path: str, linear: bool, x: mx.array) -> None:
         flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         total = mx.sum(flat * flat, axis=0)
         self.sums[path] = total + self.sums[path] if path in self.sums else total
         self.rows[path] = self.rows.get(path, 0) + flat.shape[0]
         mx.eval(self.sums[path])
+        if not linear:  # an embedding that is the head as well: what its rows are as inputs counts more
+            return
+        if self._last is not None and self._last[0] is x:  # query, key and value
+            self.shared[path] = self._last[1]
+            return
+        self._last = (x, path)
+        if path not in self.products and self._room >= 4 * flat.shape[-1] ** 2:
+            self.products[path] = np.zeros((flat.shape[-1], flat.shape[-1]), np.float32)
+            self.product_rows[path] = 0
+            self._room -= self.products[path].nbytes
+        if path in self.products and self.product_rows[path] < PRODUCT_ROWS:
+            self.products[path] += np.array(_products(flat), copy=False)
+            self.product_rows[path] += flat.shape[0]
+
+    def summarize(self, found: Statistics) -> None:
+        """Means, into `found`."""
+        found.moments |= {path: np.array(total / self.rows[path]) for path, total in self.sums.items()}
+        found.products = {p: total / np.float32(self.product_rows[p]) for p, total in self.products.items()}
+        found.shared = self.shared
+        for path in [*found.products, *found.shared]:
+            hessian = found.hessian(path)
+            if hessian is not None:
+                found.feedback[path] = _left_by_feedback(hessian[None])
 
 
 _listeners: dict[type, type] = {}
@@ -265,28 +323,38 @@ _muted: list[bool] = []  # while gates are brought to light: what is computed th
 class _Experts:
     """Visitor: everything that reaches the expert modules of the present layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Folder = None) -> None:
         self.found: list[ExpertInputs] = []
-        self._kept: dict[str, list[tuple[npt.NDArray[Any], ...]]] = {}
+        self._folder = folder
+        self._kept: dict[str, _Kept] = {}
 
     def enter(self, path: str, layer: nn.Module) -> None:
         self.found, self._kept = [], {}
         owners: dict[str, nn.Module] = dict(layer.named_modules())
         for name, module in expert_modules(layer).items():
-            kept = self._kept.setdefault(name, [])
+            kept = self._kept.setdefault(name, _Kept(Scratch(self._folder)))
             _watch(owners[name.rpartition(".")[0]], module, kept)
 
     def leave(self, path: str, layer: nn.Module) -> None:
         for name, module in expert_modules(layer).items():
             kept = self._kept.pop(name)
-            if not kept:
+            if not kept.gates:
                 raise SourceError(f"{path}.{name} was never called: calibration cannot walk this architecture")
-            x, chosen, gates = (np.concatenate([part[i] for part in kept]) for i in range(3))
-            kept.clear()  # the classes that `_watch` made hold it until the next garbage collection
-            self.found.append(ExpertInputs(f"{path}.{name}", module, x, chosen.astype(np.int32), gates))
+            chosen, gates = np.concatenate(kept.chosen), np.concatenate(kept.gates)
+            self.found.append(ExpertInputs(f"{path}.{name}", module, kept.x, chosen.astype(np.int32), gates))
+            kept.x = Scratch()  # the classes that `_watch` made hold it until the next garbage collection
 
 
-def _watch(block: nn.Module, experts: nn.Module, kept: list[tuple[npt.NDArray[Any], ...]]) -> None:
+@dataclass
+class _Kept:
+    """By call of a block: its experts' inputs, which were chosen, and their gates."""
+
+    x: Scratch
+    chosen: list[npt.NDArray[Any]] = field(default_factory=list)
+    gates: list[Floats] = field(default_factory=list)
+
+
+def _watch(block: nn.Module, experts: nn.Module, kept: _Kept) -> None:
     """Keep (x, chosen, gates) of every call of `block`, which calls `experts`."""
     mode: dict[str, Any] = {"stand-in": None, "seen": None}
     block_kind, experts_kind = type(block), type(experts)
@@ -307,51 +375,56 @@ def _watch(block: nn.Module, experts: nn.Module, kept: list[tuple[npt.NDArray[An
             lit = []
             for stand_in in (True, False):
                 mode["stand-in"] = stand_in
-                lit.append(super().__call__(*args, **kwargs))
+                out = super().__call__(*args, **kwargs)
+                lit.append(out[..., : mode["seen"][1].shape[-1]])
+                mx.eval(lit)
             mode["stand-in"] = None
             _muted.pop()
             out = super().__call__(*args, **kwargs)
             x, chosen = mode["seen"]
-            gates = (lit[0] - lit[1])[..., : chosen.shape[-1]].reshape(-1, chosen.shape[-1])
-            parts = (x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1]), gates)
-            mx.eval(out, *parts)
-            kept.append(tuple(np.array(part) for part in parts))  # copies: slices would keep what they are cut from
             mode["seen"] = None
+            mx.eval(out)
+            kept.x.append(x.reshape(-1, x.shape[-1]))
+            kept.chosen.append(np.array(chosen).reshape(-1, chosen.shape[-1]))
+            kept.gates.append(np.array(lit[0] - lit[1]).reshape(-1, chosen.shape[-1]))
             return out
 
     experts.__class__, block.__class__ = Experts, Block
 
 
-def expert_inputs(checkpoint: Checkpoint, windows: Sequence[Sequence[int]]) -> Iterator[ExpertInputs]:
+def expert_inputs(
+    checkpoint: Checkpoint, windows: Sequence[Sequence[int]], folder: Folder = None
+) -> Iterator[ExpertInputs]:
     """What reaches every expert module, in the order of the model's layers; one layer in memory at a time."""
-    experts = _Experts()
-    for _ in Walk(checkpoint, windows).layers([experts]):
-        yield from experts.found
-        experts.found = []
+    experts = _Experts(folder)
+    for _ in Walk(checkpoint, windows, folder).layers([experts]):
+        while experts.found:
+            yield experts.found.pop(0)
 
 
 def calibrate(
     checkpoint: Checkpoint, corpus: Corpus, *, context: int = 512, count: int = 256, seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | None = None, folder: Folder = None,
 ) -> Statistics:  # fmt: skip
-    """Statistics of `count` windows of `context` tokens; TextError if the corpus is shorter than one window."""
+    """Statistics of `count` windows of `context` tokens; TextError if the corpus is shorter than one window.
+
+    Hidden states lie in `folder` meanwhile.
+    """
     windows = windows_of(corpus, checkpoint, context, count, seed)
     source = {
         "name": corpus.name, "sha256": corpus.sha256, "size": corpus.size, "context": context,
         "windows": len(windows), "seed": seed,
     }  # fmt: skip
     found = Statistics(source)
-    walk = Walk(checkpoint, windows)
-    inputs, experts = _Inputs(), _Experts()
+    walk = Walk(checkpoint, windows, folder)
+    inputs, experts = _Inputs(), _Experts(folder)
     for number, _ in enumerate(walk.layers([inputs, experts])):
-        for module in experts.found:
-            _summarize(found, module)
-        experts.found = []
+        while experts.found:
+            _summarize(found, experts.found.pop(0))
         if progress:
             progress(number + 1, len(walk.model.layers) + 1)
     walk.finish([inputs], HEAD_WINDOWS)
-    for path, total in inputs.sums.items():
-        found.moments[path] = np.array(total / inputs.rows[path])
+    inputs.summarize(found)
     return found
 
 
@@ -361,7 +434,7 @@ def _summarize(found: Statistics, module: ExpertInputs) -> None:
     projections = [name for name in names if "weight" in module.module[name]]
     counts = np.zeros(module.count, np.int64)
     mass, squares = np.zeros(module.count), np.zeros(module.count)
-    sums = {p: np.zeros((module.count, module.module[p]["weight"].shape[-1])) for p in projections}
+    sums: dict[str, list[npt.NDArray[np.float64]]] = {p: [] for p in projections}
     for expert in range(module.count):
         _, gates = module.rows(expert)
         counts[expert], mass[expert] = len(gates), gates.sum(dtype=np.float64)
@@ -373,24 +446,31 @@ def _summarize(found: Statistics, module: ExpertInputs) -> None:
                 x, g = module.of(expert, projection)
                 weighted = x * g[:, None]
                 done[last] = np.array(mx.sum(weighted * weighted, axis=0)).astype(np.float64)
-            sums[projection][expert] = done[last]
+            sums[projection].append(done[last])
     prior = PRIOR_TOKENS * module.mean_square_gate()
     found.tokens[module.path], found.mass[module.path] = counts, mass
-    for projection, total in sums.items():
+    for projection, each in sums.items():
+        total = np.stack(each)
         layer = total.sum(axis=0) / max(squares.sum(), 1e-30)
         mixed = (total + prior * layer) / (squares[:, None] + prior)
         found.moments[f"{module.path}.{projection}"] = mixed.astype(np.float32)
     busiest = np.argsort(-counts, kind="stable")[:4].tolist()
-    shares = {last: _left_by_feedback(module, last, busiest) for last in (False, True)}
+    shares = {last: _left_by_feedback(module.hessians(module.last if last else module.first_name, busiest))
+              for last in (False, True)}  # fmt: skip
     for projection in projections:
         found.feedback[f"{module.path}.{projection}"] = shares[projection == module.last]
 
 
-def _left_by_feedback(module: ExpertInputs, last: bool, experts: Sequence[int]) -> float:
-    """With H = U D Uᵀ, the sum of D over that of H's diagonal: the share of output error that feedback leaves."""
-    projection = module.last if last else module.first_name
-    h = module.hessians(projection, experts).astype(np.float64)
-    diagonal = np.einsum("eii->ei", h)
-    h += (0.01 * diagonal.mean() + 1e-30) * np.eye(h.shape[-1])
-    factors = np.einsum("eii->ei", np.linalg.cholesky(h[:, ::-1, ::-1])) ** 2
-    return float(min(1.0, factors.sum() / max(diagonal.sum(), 1e-30)))
+def _left_by_feedback(hessians: mx.array | Floats) -> float:
+    """With H = U D Uᵀ, the sum of D over that of H's diagonal: the share of output error that feedback leaves.
+
+    On unseen text a little less is left of what a weighted fit leaves: 0.32 and 0.75 where this says 0.38 and 0.89.
+    """
+    h = np.array(hessians, copy=False)
+    diagonal = np.einsum("eii->ei", h).astype(np.float64)
+    left = 0.0
+    for one in h:
+        damped = one[::-1, ::-1].astype(np.float64)
+        damped[np.diag_indices(len(damped))] += 0.01 * diagonal.mean() + 1e-30
+        left += float((np.diagonal(np.linalg.cholesky(damped)) ** 2).sum())
+    return float(min(1.0, left / max(1.01 * diagonal.sum(), 1e-30)))

@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import SourceError
+from . import hub
+from .errors import OutputError, SourceError
 
 # Embedded in the file by bare name. Never code: nothing in a .squizd file is executed.
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-_DOWNLOAD = (*TOKENIZER_FILES, "config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
+_SMALL = (*TOKENIZER_FILES, "config.json", "*.safetensors.index.json", "README.md")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -38,6 +39,7 @@ class Checkpoint:
     repo: str = ""
     revision: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
+    remote: hub.Remote | None = None  # where shards come from that are stand-ins
 
     def bundle(self) -> dict[str, bytes]:
         """Tokenizer, chat template and generation config, by bare name."""
@@ -56,17 +58,30 @@ class Checkpoint:
         return found[1].strip() if found else ""
 
     def fingerprint(self) -> bytes:
-        """Identifies the source's state cheaply: names, sizes, times and headers of its shards."""
+        """Identifies the source's state cheaply: names and sizes of its shards, and its commit or else their times."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self.shards:
-            info = shard.stat()
-            digest.update(f"{shard.name}\0{info.st_size}\0{info.st_mtime_ns}\0".encode())
+        for name, size in self.files():
+            digest.update(f"{name}\0{size}\0".encode())
+        if self.revision:
+            digest.update(f"{self.repo}\0{self.revision}".encode())
+        else:
+            for shard in self.shards:
+                digest.update(f"{shard.stat().st_mtime_ns}\0".encode())
         return digest.digest()
 
+    def files(self) -> list[tuple[str, int]]:
+        """Name and size of every shard."""
+        if self.remote is not None:
+            return [(shard.name, shard.size) for shard in self.remote.shards]
+        return [(shard.name, shard.stat().st_size) for shard in self.shards]
+
     def hashes(self, stop: threading.Event | None = None) -> list[dict[str, Any]]:
-        """Name, size and SHA-256 of every shard; reads them all, or gives up soon after `stop` is set."""
+        """Name, size and SHA-256 of every shard; reads them all, or gives up soon after `stop` is set.
+
+        Of stand-ins there are none: shards are hashed as they come (`streaming`).
+        """
         found = []
-        for shard in self.shards:
+        for shard in self.shards if self.remote is None else ():
             digest = hashlib.sha256()
             with shard.open("rb") as f:
                 while (data := f.read(1 << 22)) and not (stop and stop.is_set()):
@@ -75,11 +90,13 @@ class Checkpoint:
         return found
 
 
-def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str], revision: str | None = None, shards_later: Path | None = None
+) -> Checkpoint:
     """A local folder, or else a repository id that huggingface_hub fetches.
 
-    Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME through huggingface_hub. Raises
-    SourceError when the checkpoint is absent, incomplete or damaged.
+    With a folder `shards_later` shards that are not in the hub's cache are not fetched: there are stand-ins in that
+    folder (`hub.Shard.hollow`), and `remote`. Raises SourceError when the checkpoint is absent, incomplete or damaged.
     """
     name = os.fspath(source)
     folder, repo = Path(name), ""
@@ -90,7 +107,11 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
             raise SourceError(
                 f"{name}: no such folder", hint="give a folder with config.json, or a repository id org/name"
             )
-        folder, repo = _download(name, revision), name
+        if shards_later is not None:
+            found = _open_remote(name, revision, shards_later)
+            if found is not None:
+                return found
+        folder, repo = hub.snapshot(name, revision, [*_SMALL, "*.safetensors"]), name
     config = _read_config(folder)
     shards = _find_shards(folder)
     checkpoint = Checkpoint(folder, config, shards, repo, _commit(folder) if repo else "")
@@ -99,34 +120,25 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None)
     return checkpoint
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Bar(tqdm):
-        """The client's own bars, none where standard error is no terminal."""
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{"disable": None, **options})  # type: ignore[no-untyped-call]
-
+def _open_remote(repo: str, revision: str | None, place: Path) -> Checkpoint | None:
+    """A checkpoint of stand-ins; None if there is nothing to fetch."""
+    folder = hub.snapshot(repo, revision, _SMALL)
+    config = _read_config(folder)
+    index = folder / "model.safetensors.index.json"
+    names = _indexed(index) if index.is_file() else None
+    remote = hub.remote(repo, folder.name, names, place)
+    if remote is None:
+        return None
+    hollow = place / "hollow"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_DOWNLOAD), tqdm_class=Bar))
-    except errors.GatedRepoError as error:
-        raise SourceError(f"{repo} is gated", hint="accept its terms on the hub and set HF_TOKEN") from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{repo}: no such folder, and no such repository on the hub", hint="check the name, or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceError(f"{repo} has no revision {revision}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise SourceError(
-            f"{repo}: no such folder, and the hub cannot be reached", hint="check the network, or unset HF_HUB_OFFLINE"
-        ) from error
-    except Exception as error:  # OSError, and what the client's transports (httpx, hf_xet) raise as they please
-        refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
-        hint = "check HF_TOKEN" if refused else "run it again; files that are complete are kept"
-        raise SourceError(f"{repo}: download failed: {_first_line(error)}", hint=hint) from error
+        hollow.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {hollow}: {error.strerror}") from error
+    checkpoint = Checkpoint(folder, config, [hollow / s.name for s in remote.shards], repo, folder.name, remote=remote)
+    for shard, path in zip(remote.shards, checkpoint.shards, strict=True):
+        shard.hollow(path)
+        checkpoint.sizes.update(_check_shard(path))
+    return checkpoint
 
 
 def _first_line(error: Exception) -> str:
@@ -158,13 +170,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _indexed(index: Path) -> list[str]:
+    """Names of the shards that an index lists."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index} has no weight_map")
+    return sorted({os.path.basename(str(name)) for name in weight_map.values()})
+
+
 def _find_shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(f"{index} has no weight_map")
-        names = sorted({os.path.basename(str(name)) for name in weight_map.values()})
+        names = _indexed(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise SourceError(

@@ -89,8 +89,9 @@ def main() -> None:
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(), help="The file to write.  [default: NAME-RECIPE.squizd]")
 @click.option("--recipe", default="int4", show_default=True, help=f"Encodings: {_KNOWN_RECIPES}.")
-@click.option("--quantizer", default="mse", show_default=True,
-              help="mse (fitted), gptq (feedback; needs --calibration) or minmax (as mlx-lm quantizes).")  # fmt: skip
+@click.option("--quantizer",
+              help="gptq (feedback; needs --calibration, then the default), mse (fitted; the default without), "
+                   "or minmax (as mlx-lm quantizes).")  # fmt: skip
 @click.option("--override", "overrides", multiple=True, metavar="PATTERN=SPEC",
               help="Encoding for tensor paths that match, the last match wins; "
                    "SPEC: keep, mxfp4, mxfp8, nvfp4, or bits 2-8 as 4 or 4g32.")  # fmt: skip
@@ -100,12 +101,13 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Draws the windows.")
 @click.option("--statistics", metavar="FILE", help="Keep what was learned from the text here, or take it from here.")
 @click.option("--target-bpw", type=click.FloatRange(min=1, max=16), metavar="BITS",
-              help="Choose every tensor's encoding for this many bits per weight; needs --calibration.")  # fmt: skip
+              help="Choose encodings for this many stored bits per weight; needs --calibration.")  # fmt: skip
 @click.option("--target-size", metavar="SIZE", help="The same for a file of at most this size, as 16GB.")
 @click.option("--plan", metavar="FILE", help="Encodings by tensor, as --save-plan wrote them and you may have edited.")
 @click.option("--save-plan", metavar="FILE", help="Write the encodings that were chosen.")
 @click.option("--plan-only", is_flag=True, help="Print the plan and stop.")
 @click.option("--revision", help="Branch, tag or commit of a repository.")
+@click.option("--keep-source", is_flag=True, help="Keep a repository's shards in the hub's cache.")
 @click.option("--zstd", is_flag=True, help="Compress records with zstd: smaller to ship, slower to page.")
 @click.option("--force", is_flag=True, help="Replace an existing output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -142,7 +144,7 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_o
     options["preparing"] = preparing
     if plan_only:
         wanted = ("quantizer", "calibration", "statistics", "target_bpw", "target_size", "plan", "save_plan",
-                  "revision", "preparing")  # fmt: skip
+                  "zstd", "revision", "preparing")  # fmt: skip
         made = run_plan(source, **{key: options[key] for key in wanted})
         calibrating.close()
         click.echo(json.dumps(asdict(made)) if as_json else made.describe())

@@ -31,6 +31,7 @@ from .architecture import build, expert_modules, replace_module
 from .checkpoint import open_checkpoint
 from .container import open as open_file
 from .corpus import Corpus, Encode, leading_windows
+from .corpus import read as read_text
 from .errors import OutputError, RequestError, SourceError
 from .runtime import device
 from .runtime.load import load_model, load_tokenizer, state
@@ -44,8 +45,9 @@ Progress = Callable[[int, int], None]
 class Result:
     """What `evaluate` found. Natural logarithms; errors are standard errors with texts as clusters.
 
-    `router_agreement` holds, by expert layer, the mean share of a token's experts that the reference chose as well.
-    Without a reference what compares with one is None.
+    `weight_bytes` are those of weights as stored, `file_bytes` all of the file, `memory_bytes` what weights and expert
+    slots took in memory. `router_agreement` holds, by expert layer, the mean share of a token's experts that the
+    reference chose as well. Without a reference what compares with one is None.
     """
 
     file: str
@@ -53,6 +55,8 @@ class Result:
     bits_per_weight: float
     parameters: int
     weight_bytes: int
+    file_bytes: int
+    memory_bytes: int
     texts: int
     tokens: int
     perplexity: float
@@ -111,8 +115,10 @@ class Subject:
             self.model = load_model(source, memory=memory)
             file = state(self.model).file
             self.identity, paths = file.file_id, [layer.path for layer in file.moe_layers]
+            self.memory_bytes = state(self.model).resident_bytes
         else:
             self.model, self.identity = _load_checkpoint(source)
+            self.memory_bytes = sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
             paths = list(expert_modules(self.model))
         owners: dict[str, nn.Module] = dict(self.model.named_modules())
         self._recorders = {path: Recorder(owners[path]) for path in paths}
@@ -236,8 +242,8 @@ def default_cache() -> Path:
 
 
 def evaluate(
-    file: str,
-    corpus: Corpus,
+    file: str | os.PathLike[str],
+    corpus: Corpus | str | os.PathLike[str],
     *,
     reference: str | None = None,
     context: int = 512,
@@ -248,12 +254,16 @@ def evaluate(
 ) -> Result:
     """Evaluate `file` on the first `context` tokens of `texts` texts of `corpus`, against `reference` if there is one.
 
-    `reference` is a checkpoint folder, a repository id or another file. Raises TextError (the corpus),
-    RequestError (models that do not go together) and what loading raises.
+    `corpus` is text that was read, or where to read it (`corpus.read`). `reference` is a checkpoint folder, a
+    repository id or another file. Raises TextError (the corpus), RequestError (models that do not go together) and what
+    loading raises.
     """
     report = progress or (lambda done, total: None)
+    file = os.fspath(file)
+    if not isinstance(corpus, Corpus):
+        corpus = read_text(corpus)
     with open_file(file) as f:
-        size = inspection.weight_size(f)
+        size, file_bytes = inspection.weight_size(f), f.size
     windows = leading_windows(corpus, encoder(file), context, texts)
     references = Cache(reference, windows, cache or default_cache(), report) if reference is not None else None
     subject = Subject(file, memory)
@@ -292,8 +302,8 @@ def evaluate(
             "router_agreement": {path: float(np.mean(values)) for path, values in shared.items()},
         }  # fmt: skip
     return Result(
-        file, reference, size.bits_per_weight, size.parameters, size.stored_bytes, len(windows),
-        sum(map(len, losses)), math.exp(loss), math.exp(loss) * loss_error, **facts,
+        file, reference, size.bits_per_weight, size.parameters, size.stored_bytes, file_bytes, subject.memory_bytes,
+        len(windows), sum(map(len, losses)), math.exp(loss), math.exp(loss) * loss_error, **facts,
     )  # fmt: skip
 
 

@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from . import corpus as corpora
-from .calibration import ExpertInputs, Floats, Statistics, calibrate, expert_inputs, windows_of
+from .backend import on_cuda
+from .calibration import ExpertInputs, Statistics, calibrate, expert_inputs, windows_of
 from .checkpoint import Checkpoint
 from .container.layout import Encoding
 from .corpus import Corpus
-from .errors import RecipeError
+from .errors import RecipeError, SourceError
 from .quantizers import Quantized, quantize
+from .workplace import Workplace
 
 Progress = Callable[[int, int], None]
-BATCH_BYTES = 1 << 25  # of one batch of experts' Hessians in float32; GPTQ holds about ten times as much
+BATCH_BYTES = 1 << 24  # of one batch of experts' Hessians in float32; GPTQ holds about ten times as much
 KEPT_BYTES = 1 << 27  # of all experts' Hessians of one module, if they are kept for the next projection
+BATCH_BYTES_CUDA, KEPT_BYTES_CUDA = 1 << 28, 1 << 32  # in the GPU's own memory, where small batches take long
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Guide:
         self.method, self.statistics, self.windows = method, statistics, windows
         self._inputs = inputs
         self._here: ExpertInputs | None = None
-        self._kept: tuple[tuple[str, bool], Floats, Floats | None] | None = None
+        self._kept: tuple[tuple[str, bool], mx.array, mx.array | None] | None = None
         self._digest = statistics.digest() if statistics else ""
 
     def digest(self) -> str:
@@ -58,9 +60,17 @@ class Guide:
 
     def approach(self, module: str) -> None:
         """What follows are tensors of this expert module, or of none that comes before it in the model."""
-        self._here = None
+        self._here = self._kept = None
         while self._inputs is not None and (self._here is None or self._here.path != module):
             self._here = next(self._inputs)
+
+    def held(self, path: str) -> mx.array | None:
+        """The tensor `path`, as it is stored, if it is in memory here already."""
+        module, _, projection = path.rpartition(".")
+        if self._here is None or self._here.path != module:
+            return None
+        found: mx.array = self._here.module[projection]["weight"]
+        return found
 
     def importance(self, path: str) -> mx.array | None:
         """Mean square of the tensor's inputs, [in] or [experts, in]; None if unknown."""
@@ -74,34 +84,42 @@ class Guide:
             return quantize(w, encoding, "minmax")
         module, _, projection = path.rpartition(".")
         if self._here is None or self._here.path != module:
-            return quantize(w, encoding, "mse", self.importance(path))
+            hessian = self.statistics.hessian(path) if self.statistics and self.method == "gptq" else None
+            if hessian is None or w.ndim != 2:
+                return quantize(w, encoding, "mse", self.importance(path))
+            size = max(1, BATCH_BYTES // (4 * w.shape[-1]))
+            return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian))
+                            for i in range(0, w.shape[0], size)])  # fmt: skip
         return self._with_feedback(projection, w, encoding, self._here)
 
     def _with_feedback(self, projection: str, w: mx.array, encoding: Encoding, inputs: ExpertInputs) -> Quantized:
         layer, all_of_them = self._hessians(projection, inputs)
-        size = max(1, BATCH_BYTES // layer.nbytes)
+        size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // layer.nbytes)
         parts = []
         for start in range(0, w.shape[0], size):
             experts = range(start, min(start + size, w.shape[0]))
             own = inputs.hessians(projection, experts) if all_of_them is None else all_of_them[start : start + size]
-            parts.append(quantize(w[start : start + size], encoding, "gptq", mx.array(inputs.mixed(own, layer))))
-        codes, scales, biases = (
-            mx.concatenate([p for p in part if p is not None]) for part in zip(*parts, strict=True)
-        )
-        return codes, scales, biases
+            parts.append(quantize(w[start : start + size], encoding, "gptq", inputs.mixed(own, layer)))
+        return _joined(parts)
 
-    def _hessians(self, projection: str, inputs: ExpertInputs) -> tuple[Floats, Floats | None]:
+    def _hessians(self, projection: str, inputs: ExpertInputs) -> tuple[mx.array, mx.array | None]:
         """The layer's, and all experts' if they are few and small enough to keep for the next projection."""
         key = (inputs.path, projection == inputs.last)
         if self._kept is None or self._kept[0] != key:
             width = inputs.module[projection]["weight"].shape[-1]
-            if inputs.count * width * width * 4 > KEPT_BYTES:
+            if inputs.count * width * width * 4 > (KEPT_BYTES_CUDA if on_cuda() else KEPT_BYTES):
                 self._kept = (key, inputs.layer_hessian(projection), None)
             else:
                 own = inputs.hessians(projection, range(inputs.count))
                 mass = max(inputs.mean_square_gate() * inputs.gates.size, 1e-30)
-                self._kept = (key, own.sum(axis=0) / np.float32(mass), own)
+                self._kept = (key, own.sum(axis=0) / mass, own)
         return self._kept[1], self._kept[2]
+
+
+def _joined(parts: list[Quantized]) -> Quantized:
+    """Parts of a tensor that was quantized in pieces along its first dimension."""
+    codes, scales, biases = (mx.concatenate([p for p in part if p is not None]) for part in zip(*parts, strict=True))
+    return codes, scales, biases
 
 
 def prepare(
@@ -110,11 +128,13 @@ def prepare(
     calibration: str | os.PathLike[str] | Calibration | None,
     statistics: str | os.PathLike[str] | None,
     progress: Progress | None = None,
+    work: Workplace | None = None,
 ) -> Guide:
     """A guide for `checkpoint`: reads text and statistics, and calibrates if need be.
 
-    `statistics` is read if it is there and belongs to the text, else written. Raises TextError, SourceError,
-    RecipeError for what does not go together, OutputError.
+    `statistics` is read if it is there and belongs to the text, else written; without it they are kept in `work`, for
+    the next run with the same text and source. Raises TextError, SourceError, RecipeError for what does not go
+    together, OutputError.
     """
     if calibration is not None and not isinstance(calibration, Calibration):
         calibration = Calibration(calibration)
@@ -127,11 +147,12 @@ def prepare(
     if calibration is None and statistics is None:
         return Guide(method)
     text = corpora.read(calibration.text) if calibration else None
-    found = _statistics(checkpoint, calibration, text, statistics, progress)
+    found = _statistics(checkpoint, calibration, text, statistics, progress, work)
     if not (calibration and text):
         return Guide(method, found)
     windows = windows_of(text, checkpoint, calibration.context, calibration.windows, calibration.seed)
-    return Guide(method, found, windows, expert_inputs(checkpoint, windows) if method == "gptq" else None)
+    folder = work.folder if work else None
+    return Guide(method, found, windows, expert_inputs(checkpoint, windows, folder) if method == "gptq" else None)
 
 
 def _statistics(
@@ -140,6 +161,7 @@ def _statistics(
     text: Corpus | None,
     path: str | os.PathLike[str] | None,
     progress: Progress | None,
+    work: Workplace | None,
 ) -> Statistics:
     if path is not None and (Path(path).exists() or calibration is None):
         found = Statistics.load(path)
@@ -149,10 +171,21 @@ def _statistics(
         return found
     assert calibration is not None
     assert text is not None
+    amount = (calibration.context, calibration.windows, calibration.seed)
+    kept = None
+    if path is None and work is not None:
+        path = kept = work.place("statistics", checkpoint.fingerprint(), text.sha256, text.name, amount)
+        if kept.exists():
+            try:
+                return Statistics.load(kept)
+            except SourceError:  # half of it: a machine that went down
+                kept.unlink()
     found = calibrate(
         checkpoint, text, context=calibration.context, count=calibration.windows, seed=calibration.seed,
-        progress=progress,
+        progress=progress, folder=work.folder if work else None,
     )  # fmt: skip
     if path is not None:
+        if work is not None and path == kept:
+            work.make()
         found.save(path)
     return found

@@ -4,7 +4,7 @@
                              × weighted squared error of the encoding as it will be fitted / that of min-max
                              × with gptq: the share of the error that feedback leaves
 
-Tensors in constant use keep 5 bits or more, routers 8.
+Routers keep 8 bits.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from .allocation import Option, Plan, Unit, allocate
 from .architecture import build
 from .calibration import Statistics
 from .checkpoint import Checkpoint
+from .container import frames
 from .container.layout import Encoding
 from .errors import RecipeError
-from .quantizers import quantize
+from .quantizers import Quantized, quantize
 from .recipe import affine, choose
+from .scratch import Folder
 from .sensitivity import divergences
 from .weights import read as read_weights
 
 Progress = Callable[[int, int], None]
-SAMPLE = 1 << 16  # weights per tensor on which encodings are compared
+SAMPLE = 1 << 15  # weights per tensor on which encodings are compared
 EXPERTS = tuple(affine(bits, group) for bits in (2, 3, 4, 5, 6) for group in (128, 64, 32))
-OTHERS = tuple(affine(bits, group) for bits in (5, 6, 8) for group in (128, 64, 32))
+OTHERS = tuple(affine(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (128, 64, 32))
 ROUTERS = (affine(8, 64),)
-UNKNOWN = (affine(6, 64),)  # what cannot be measured, such as an embedding that is not the head
+ZSTD_SLACK = 1.01  # records of many tensors compress a little worse than samples of one, and have frames
+UNKNOWN = (affine(6, 64),)  # what cannot be measured: neither in a layer nor embedding or head
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,16 @@ def bits_of(encoding: Encoding, shape: tuple[int, ...]) -> int:
 
 def make_plan(
     checkpoint: Checkpoint, candidates: Sequence[Candidate], fixed_bits: int, parameters: int, bits_per_weight: float,
-    *, method: str, statistics: Statistics, windows: Sequence[Sequence[int]], progress: Progress | None = None,
+    *, method: str, statistics: Statistics, windows: Sequence[Sequence[int]], zstd: bool = False,
+    progress: Progress | None = None, folder: Folder = None,
 ) -> Plan:  # fmt: skip
     """The plan of least expected loss with at most `bits_per_weight`.
 
-    `fixed_bits`: what is stored beside the candidates; `parameters`: of all weights. Raises RecipeError if the target
-    is out of reach.
+    `fixed_bits`: what is stored beside the candidates; `parameters`: of all weights. With `zstd` tensors count as
+    compressed. Raises RecipeError if the target is out of reach.
     """
-    units = measure(checkpoint, candidates, method=method, statistics=statistics, windows=windows, progress=progress)
+    units = measure(checkpoint, candidates, method=method, statistics=statistics, windows=windows, zstd=zstd,
+                    progress=progress, folder=folder)  # fmt: skip
     chosen = allocate(units, int(bits_per_weight * parameters) - fixed_bits)
     return as_plan(units, chosen, fixed_bits, parameters)
 
@@ -91,10 +97,13 @@ def as_plan(units: Sequence[Unit], chosen: Sequence[Option], fixed_bits: int, pa
 
 def measure(
     checkpoint: Checkpoint, candidates: Sequence[Candidate], *, method: str, statistics: Statistics,
-    windows: Sequence[Sequence[int]], progress: Progress | None = None,
+    windows: Sequence[Sequence[int]], zstd: bool = False, progress: Progress | None = None, folder: Folder = None,
 ) -> list[Unit]:  # fmt: skip
-    """Costs and expected losses of every option of every candidate."""
-    found = divergences(checkpoint, windows, {c.path: c.reference for c in candidates}, progress)
+    """Costs and expected losses of every option of every candidate; with `zstd` as records take them.
+
+    Intermediate results lie in `folder`.
+    """
+    found = divergences(checkpoint, windows, {c.path: c.reference for c in candidates}, progress, folder)
     weights = read_weights(checkpoint, build(checkpoint.config, str(checkpoint.folder)))
     units = []
     for c in candidates:
@@ -103,11 +112,13 @@ def measure(
             raise RecipeError(f"{c.name}: its rows fit no group")
         if len(options) == 1:
             weights.pop(c.name, None)
-            losses = [0.0]
+            losses, shares = [0.0], [1.0]
         else:
-            losses = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method)
+            losses, shares = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method)
         specs = (f"{e.bits}g{e.group_size}" for e in options)
-        bits = (bits_of(e, c.shape) for e in options)
+        bits = [bits_of(e, c.shape) for e in options]
+        if zstd:
+            bits = [math.ceil(b * min(1.0, share * ZSTD_SLACK)) for b, share in zip(bits, shares, strict=True)]
         units.append(Unit(c.name, math.prod(c.shape), tuple(map(Option, specs, bits, losses))))
         mx.clear_cache()
     return units
@@ -115,14 +126,23 @@ def measure(
 
 def _losses(
     c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str
-) -> list[float]:
+) -> tuple[list[float], list[float]]:
+    """Expected divergence with each option, and what zstd makes of a stored byte."""
     importance = statistics.moments.get(c.path)
     weight = None if importance is None else mx.array(importance)
     w, weight = _sample(w, weight)
     bits, group = c.reference
-    reference = _error(w, Encoding("affine", c.dtype, bits, group), "minmax", weight)
-    left = statistics.feedback.get(c.path, 1.0) if method == "gptq" and c.role == "expert" else 1.0
-    return [divergence * left * _error(w, e, "mse", weight) / max(reference, 1e-30) for e in options]
+    reference = Encoding("affine", c.dtype, bits, group)
+    exact = max(_error(w, reference, quantize(w, reference, "minmax"), weight), 1e-30)
+    left = statistics.feedback.get(c.path, 1.0) if method == "gptq" else 1.0
+    losses, shares = [], []
+    for encoding in options:
+        parts = quantize(w, encoding, "mse", weight)
+        losses.append(divergence * left * _error(w, encoding, parts, weight) / exact)
+        stored = [p.view(mx.uint16) if p.dtype == mx.bfloat16 else p for p in parts if p is not None]
+        raw = b"".join(np.array(p).tobytes() for p in stored)
+        shares.append(len(frames.compress(raw)) / len(raw))
+    return losses, shares
 
 
 def _sample(w: mx.array, weight: mx.array | None) -> tuple[mx.array, mx.array | None]:
@@ -136,8 +156,8 @@ def _sample(w: mx.array, weight: mx.array | None) -> tuple[mx.array, mx.array | 
     return w, weight
 
 
-def _error(w: mx.array, encoding: Encoding, method: str, weight: mx.array | None) -> float:
-    codes, scales, biases = quantize(w, encoding, method, None if method == "minmax" else weight)
+def _error(w: mx.array, encoding: Encoding, parts: Quantized, weight: mx.array | None) -> float:
+    codes, scales, biases = parts
     assert scales is not None
     assert biases is not None
     decoded = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32),

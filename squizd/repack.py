@@ -50,9 +50,9 @@ def repack(
         plan = _plan(f, codec, _appendices(f, drop, add or {}))
         with Writer(target, plan) as writer:
             for position, (tensors, record, what) in enumerate(_records(f)):
-                if position >= writer.done:
+                if not writer.has(position):
                     raw = f.read(record, what)
-                    writer.write([[raw[at : at + size] for _, at, size in t.parts] for t in tensors])
+                    writer.write([[raw[at : at + size] for _, at, size in t.parts] for t in tensors], position)
                 if progress is not None:
                     progress(writer.done_bytes, writer.total_bytes)
             writer.finish()

@@ -8,6 +8,10 @@ What the client asks, in this order (huggingface_hub 2.4, seen on the wire):
                                                            302 with X-Linked-Etag and X-Linked-Size to the store
     GET  the same URL, or the store's                      the bytes; 206 from where "Range: bytes=N-" says
 
+and for the headers of safetensors files, `HfApi.parse_safetensors_file_metadata`:
+
+    GET  /ORG/NAME/resolve/SHA/PATH                        with "Range: bytes=0-100000"
+
 Errors are a status and X-Error-Code: 401 RepoNotFound, 401 GatedRepo, 404 RevisionNotFound, 404 EntryNotFound;
 a bearer token that nobody was given is a 401 with X-Error-Message alone.
 No answer carries an X-Xet-Hash, so the client downloads over plain HTTP. Its other questions (/api/agent-harnesses)
@@ -145,8 +149,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_stored(self, digest: str) -> None:
         data = self.hub.blob(digest)
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
+        if asked and asked[2]:  # of the headers of tensors
+            end = min(int(asked[2]) + 1, len(data))
+            part = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+            self._send(206, {"ETag": f'"{digest}"'} | part, data[start:end])
+            return
         headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         if asked:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"

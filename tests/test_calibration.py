@@ -161,7 +161,7 @@ def test_statistics_are_the_same_again_and_through_a_file(
 def test_text_and_statistics_make_a_file_with_provenance(
     tiny: Path, text: Path, tmp_path: Path, cli: CommandLine
 ) -> None:
-    options = ["--calibration", text, "--windows", "4", "--context", "24", "--recipe", "int2"]
+    options = ["--calibration", text, "--windows", "4", "--context", "24", "--recipe", "int2", "--quantizer", "mse"]
     kept = tmp_path / "s.npz"
     cli("compress", tiny, "-o", tmp_path / "a", *options, "--statistics", kept).success()
     again = cli("compress", tiny, "-o", tmp_path / "b", "--recipe", "int2", "--statistics", kept).success()
@@ -225,3 +225,47 @@ def test_gptq_killed_between_records_resumes_to_the_same_bytes(tiny: Path, text:
     assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
     with squizd.open(tmp_path / "x") as f:
         assert json.loads(json.dumps(f.metadata["recipe"]))["quantizer"] == "gptq"
+
+
+def test_killed_while_it_calibrates_plans_or_writes_a_run_learns_nothing_twice(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop_at(layer: int | None, share: float | None) -> dict[str, Any]:
+        def preparing(done: int, total: int) -> None:
+            seen.append(done)
+            if done == layer:
+                raise Stop
+
+        def progress(done: int, total: int) -> None:
+            if share is not None and done >= share * total:
+                raise Stop
+
+        return {"preparing": preparing, "progress": progress}
+
+    options: dict[str, Any] = {"quantizer": "gptq", "target_bpw": 4.2, "calibration": Calibration(text, 4, 24)}
+    seen = list[int]()
+    squizd.compress(tiny, tmp_path / "whole", **options, **stop_at(None, None))
+    layers = len(seen) // 2
+    assert [p.name for p in tmp_path.iterdir()] == ["whole"]
+    seen.clear()
+    with pytest.raises(Stop):
+        squizd.compress(tiny, tmp_path / "x", **options, **stop_at(2, None))
+    with pytest.raises(Stop):  # calibrates anew, and writes some
+        squizd.compress(tiny, tmp_path / "x", **options, **stop_at(None, 0.5))
+    assert len(seen) == 2 + 2 * layers
+    found = next((tmp_path / "x.work").glob("statistics-*"))
+    (tmp_path / "x.work" / "plan-of-another-run").write_text("{")
+    seen.clear()
+    resumed = squizd.compress(tiny, tmp_path / "x", **options, **stop_at(None, None))
+    assert (seen, resumed.resumed > 0) == ([], True)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole", "x"]
+    # what went down half written is not taken for statistics, other text not for this one
+    (tmp_path / "y.work").mkdir()
+    (tmp_path / "y.work" / found.name).write_bytes(b"PK")
+    squizd.compress(tiny, tmp_path / "y", **options, **stop_at(None, None))
+    assert len(seen) == 2 * layers
+    assert (tmp_path / "y").read_bytes() == (tmp_path / "whole").read_bytes()

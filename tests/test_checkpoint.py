@@ -191,7 +191,7 @@ def anonymous(hub: Hub, home: Path, cli: CommandLine) -> dict[str, Outcome]:
     """What commands without a token get, by name; each wrote NAME.squizd into `home` or failed."""
     old = hub.repos["org/tiny"].refs["old"]
     sources = {
-        "main": ["org/tiny"],
+        "main": ["org/tiny", "--keep-source"],
         "branch": ["org/tiny", "--revision", "old"],
         "commit": ["org/tiny", "--revision", old],
         "unknown repository": ["org/nothing"],
@@ -290,12 +290,14 @@ def test_a_broken_download_is_one_line_and_the_next_run_completes_it(
     outcome = cli.process(*command, env=online(hub, tmp_path))
     assert "org/tiny: download failed: " in outcome.failure()
     assert "internal error" not in outcome.err
-    assert not list(tmp_path.glob("x.squizd*"))
+    assert not (tmp_path / "x.squizd").exists()
 
     hub.seen.clear()
     hub.faults[:] = ["close"]  # once midway: the client asks again by itself
     cli.process(*command, env=online(hub, tmp_path)).success()
-    assert [path.startswith("/store/") for _, path, _, _ in hub.seen].count(True) == 3
+    wholes = [part for _, path, _, part in hub.seen if path.startswith("/store/") and part != "bytes=0-100000"]
+    assert len(wholes) == 3
+    assert not list(tmp_path.glob("x.squizd.*"))
     assert contents(tmp_path / "x.squizd")["experts"] == contents(tiny_file())["experts"]
 
 

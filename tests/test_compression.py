@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from safetensors.numpy import save_file
 
 import squizd
+from squizd.checkpoint import open_checkpoint
 from squizd.errors import OutputError, RecipeError, SourceError
+from squizd.walk import Walk
 
 Make = Callable[..., Path]
 
@@ -381,6 +384,86 @@ def test_gpt_oss_keeps_its_mxfp4_blocks(tmp_path: Path) -> None:
 
 
 # Overrides and rows that fit no group
+
+
+def as_fp8(folder: Path, **facts: Any) -> dict[str, np.ndarray]:
+    """Make linear layers of a checkpoint block-scaled E4M3, as they are published; returns what they decode to."""
+    tensors: dict[str, np.ndarray] = {}
+    meant = dict[str, np.ndarray]()
+    for shard in sorted(folder.glob("*.safetensors")):
+        for name, array in mx.load(str(shard)).items():  # type: ignore[union-attr]
+            wide = np.array(array.astype(mx.float32)).astype(np.float64)
+            if wide.ndim < 2 or "embed" in name or name.endswith("mlp.gate.weight"):
+                tensors[name] = np.array(array.view(mx.uint16))
+                continue
+            rows, columns = wide.shape
+            scale = np.zeros((-(-rows // 128), -(-columns // 128)), np.float32)
+            codes, decoded = np.zeros(wide.shape, np.uint8), np.zeros(wide.shape)
+            for i, j in np.ndindex(scale.shape):
+                block = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
+                scale[i, j] = np.abs(wide[block]).max() / 448
+                nearest = np.abs(wide[block][..., None] / scale[i, j] - E4M3).argmin(axis=-1)
+                codes[block], decoded[block] = nearest, E4M3[nearest] * np.float64(scale[i, j])
+            tensors |= {name: codes, f"{name}_scale_inv": scale}
+            meant[name] = decoded
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    header, at = dict[str, Any](), 0
+    for name, value in tensors.items():
+        kind = {"uint8": "F8_E4M3", "uint16": "BF16", "float32": "F32"}[value.dtype.name]
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [at, at + value.nbytes]}
+        at += value.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(v.tobytes() for v in tensors.values())
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    found = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    change_config(folder, quantization_config=found | facts)
+    return meant
+
+
+# NaN stands where E4M3 has it: nothing is nearest to it.
+E4M3 = np.array([(-1) ** (b >> 7) * ((b & 7) / 8 + ((b >> 3 & 15) > 0)) * 2.0 ** (max(b >> 3 & 15, 1) - 7)
+                 if b & 127 != 127 else 1e30 for b in range(256)])  # fmt: skip
+
+
+def test_block_scaled_fp8_is_read_as_what_it_means(checkpoint: Path, tmp_path: Path) -> None:
+    meant = as_fp8(checkpoint)
+    squizd.compress(checkpoint, tmp_path / "x", recipe="keep")
+    stored = stored_parts(tmp_path / "x")
+    for name, wide in meant.items():
+        expert = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name)
+        where = f"{expert[1]}.switch_mlp.{expert[3]}.weight[{expert[2]}]" if expert else name
+        bits = np.frombuffer(stored[where], np.uint16).astype(np.uint32) << 16
+        np.testing.assert_allclose(bits.view(np.float32).reshape(wide.shape), wide, rtol=2.0**-8)
+    with squizd.open(tmp_path / "x") as f:
+        assert "quantization_config" not in f.metadata["model"]["config"]
+    squizd.compress(checkpoint, tmp_path / "int4", quantizer="minmax")
+    assert set(encodings(tmp_path / "int4").values()) >= {"affine 4-bit g64 (bf16)"}
+
+
+@pytest.mark.parametrize("block", [None, [64, 64]])
+def test_fp8_without_blocks_or_with_others_is_refused(
+    block: list[int] | None, checkpoint: Path, tmp_path: Path
+) -> None:
+    as_fp8(checkpoint, weight_block_size=block)
+    with pytest.raises(SourceError, match="_scale_inv"):
+        squizd.compress(checkpoint, tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_calibration_walks_through_mxfp4_experts_as_mlx_lm_does(tmp_path: Path) -> None:
+    test_gpt_oss_keeps_its_mxfp4_blocks(tmp_path)
+    folder = next(p.parent for p in tmp_path.rglob("config.json"))
+    ids = [[5, 9, 3, 1, 7, 30, 2, 8], [4, 4, 11, 0, 6, 2, 9, 1]]
+    walk = Walk(open_checkpoint(folder), ids)
+    for _ in walk.layers():
+        pass
+    walk.widen_rest()
+    found = walk.logits(walk.batches[0], walk.states[0])
+    model, _ = load_model(folder)
+    model.set_dtype(mx.float32)
+    expected = model(mx.array(ids))
+    assert float(mx.abs(found - expected).max()) < 1e-3 * float(mx.abs(expected).max())
 
 
 def test_overrides_reach_what_they_name_and_nothing_else(tiny_file: Make) -> None:

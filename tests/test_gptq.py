@@ -57,12 +57,12 @@ def naive(w: np.ndarray, h: np.ndarray, order: np.ndarray, scale: np.ndarray, bi
 def test_codes_are_those_of_the_naive_algorithm_on_the_same_grids(
     bits: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REFITS", 0)
+    monkeypatch.setattr(module, "PASSES", 0)
     w, h = problem(2, 24, 128)
     e = Encoding("affine", "bf16", bits, group)
     parts = quantize(w, e, "gptq", h)
     scales, biases = (np.repeat(np.array(p.astype(mx.float32)), group, axis=-1) for p in parts[1:] if p is not None)
-    h64 = module._damped(np.array(h).astype(np.float64))
+    h64 = np.array(module._damped(h)).astype(np.float64)
     order = module._order(np.einsum("eii->ei", h64), group)
     found = decode(parts, e)
     w64 = np.array(w.astype(mx.float32)).astype(np.float64)
@@ -94,7 +94,7 @@ def test_refitted_grids_never_make_a_row_worse(monkeypatch: pytest.MonkeyPatch) 
     w, h = problem(2, 32, 128)
     e = Encoding("affine", "bf16", 3, 64)
     refitted = output_error(w, decode(quantize(w, e, "gptq", h), e), h)
-    monkeypatch.setattr(module, "REFITS", 0)
+    monkeypatch.setattr(module, "PASSES", 0)
     assert (refitted < output_error(w, decode(quantize(w, e, "gptq", h), e), h)).all()
 
 

@@ -19,7 +19,10 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 import squizd
 from squizd import kernels
+from squizd.container.layout import Encoding
 from squizd.kernels import layers
+from squizd.quantizers import quantize
+from squizd.quantizers.packing import DTYPES
 from squizd.runtime import device
 
 FORMATS = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)] + [("mxfp4", 4, 32)]
@@ -423,3 +426,28 @@ def test_on_another_device_they_are_left_alone(monkeypatch: pytest.MonkeyPatch) 
     device.accelerate(module)
     assert type(module) is nn.Linear
     assert (device.arithmetic(), device.scratch_bytes()) == ("MLX", 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 128), (5, 32), (8, 64)])
+def test_blocks_are_fitted_with_the_very_bits_that_mlx_gives(
+    bits: int, group: int, dtype: str, each_set: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = mx.random.key(bits)
+    w = mx.random.normal((3, 7, 384), key=key) * 0.05
+    w[0, 0], w[0, 1], w[0, 2, 5], w[1, 3] = 0.0, 1.5, 100.0, w[1, 3] * 1e-4
+    w = w.astype(DTYPES[dtype])
+    per_channel = mx.random.uniform(shape=(384,), key=key) ** 4
+    per_expert = mx.random.uniform(shape=(3, 384), key=key) * (mx.arange(384) % 5 > 0)
+    for importance in (None, per_channel, per_expert, mx.zeros(384)):
+        encoding = Encoding("affine", dtype, bits, group)
+        found = quantize(w, encoding, "mse", importance)
+        with monkeypatch.context() as without:
+            without.setattr(kernels, "_found", (None, "off"))
+            expected = quantize(w, encoding, "mse", importance)
+        for a, b in zip(found, expected, strict=True):
+            assert a is not None
+            assert b is not None
+            assert a.dtype == b.dtype
+            assert bool(mx.all(a.view(mx.uint8) == b.view(mx.uint8)))

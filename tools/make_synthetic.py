@@ -118,10 +118,12 @@ def write(path: str, shape: Shape, bits: int, tokenizer: Path | None) -> None:
     random = np.random.default_rng(0).integers(0, 256, _BLOCK, np.uint8)
     todo = plan(shape, bits, bundle)
     with Writer(path, todo) as writer, tqdm(total=writer.total_bytes, unit="B", unit_scale=True, disable=None) as bar:
-        for position in range(writer.done, writer.total):
+        for position in range(writer.total):
+            if writer.has(position):
+                continue
             resident = position < len(todo.residents)
             tensors = (place(*todo.residents[position])[0],) if resident else todo.layouts[0].tensors
-            writer.write([parts(t, random, 7919 * position + 101 * i) for i, t in enumerate(tensors)])
+            writer.write([parts(t, random, 7919 * position + 101 * i) for i, t in enumerate(tensors)], position)
             bar.update(writer.done_bytes - bar.n)
         writer.finish()
 

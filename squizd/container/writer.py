@@ -35,10 +35,11 @@ _DRAFT = b"squizd draft\r\n\x1a\n"
 
 
 class Writer:
-    """Writes the records of a plan in order: residents, then experts by (layer, expert).
+    """Writes the records of a plan: residents, then experts by (layer, expert).
 
     A context manager: on an exception the partial file stays for the next run. `done` of `total`
     records (`done_bytes` of `total_bytes`, decoded) are there; after a resume `done` starts above 0.
+    Raw records have their places from the start and may be written in any order.
     """
 
     def __init__(self, path: str | os.PathLike[str], plan: Plan) -> None:
@@ -49,11 +50,12 @@ class Writer:
         self.done, self.done_bytes = 0, 0
         self.total = len(self._head.tensors)
         self.total_bytes = sum(size for _, size in self._head.tensors)
+        self._there = bytearray(self.total)  # 1 for each record that is
         self._fd = -1
         try:
             self._open_locked()
             self._resume()
-            os.ftruncate(self._fd, self._end)  # whatever lies beyond is half a record
+            os.ftruncate(self._fd, self._reach())  # whatever lies beyond is half a record
             self._check_space()
         except OSError as error:
             self._close()
@@ -62,9 +64,20 @@ class Writer:
             self._close()
             raise
 
-    def write(self, parts: Parts) -> None:
-        """Write the next record; `parts` per tensor are codes, scales and biases as contiguous buffers."""
-        tensors, raw_size = self._head.tensors[self.done]
+    def has(self, position: int) -> bool:
+        """Whether that record is there."""
+        return bool(self._there[position])
+
+    def write(self, parts: Parts, position: int | None = None) -> None:
+        """Write a record, the first that is not there or that of `position`.
+
+        `parts` per tensor are codes, scales and biases as contiguous buffers.
+        """
+        first = self._there.find(0)
+        position = first if position is None else position
+        if position != first and self.plan.codec != L.RAW:
+            raise ValueError("records that are compressed must be written in order")
+        tensors, raw_size = self._head.tensors[position]
         raw = bytearray(raw_size)
         for tensor, buffers in zip(tensors, parts, strict=True):
             for (_, offset, size), data in zip(tensor.parts, [b for b in buffers if b is not None], strict=True):
@@ -73,7 +86,7 @@ class Writer:
                     raise ValueError(f"{tensor.name}: {len(view)} bytes where {size} belong")
                 raw[offset : offset + size] = view
         try:
-            self._append(raw)
+            self._put(position, raw)
         except OSError as error:
             raise self._trouble(error) from error
 
@@ -105,14 +118,11 @@ class Writer:
         """A disk that cannot hold the file is an error before the work, not after it."""
         if self.plan.codec != L.RAW:
             return
-        end = self._end
-        for i in range(self.done, self.total):
-            alignment = L.PART_ALIGNMENT if i < len(self.plan.residents) else self.plan.record_alignment
-            end = L.align(end, alignment) + self._head.tensors[i][1]
+        to_write = self.total_bytes - self.done_bytes
         disk = os.fstatvfs(self._fd)
         free = disk.f_bavail * disk.f_frsize
-        if end - self._end > free:
-            need = f"{end:,} bytes are needed, {end - self._end:,} of them still to write, {free:,} are free"
+        if to_write > free:
+            need = f"{self._ends[-1]:,} bytes are needed, {to_write:,} of them still to write, {free:,} are free"
             raise OutputError(
                 f"cannot write {self.path}: no space left on device ({need})",
                 hint="free some space, or choose another disk with -o",
@@ -143,58 +153,76 @@ class Writer:
         return (_DRAFT + digest.digest()).ljust(L.HEADER_SIZE, b"\0")
 
     def _resume(self) -> None:
-        """Keep the leading records of an earlier run with the same plan; start afresh otherwise."""
+        """Keep the records of an earlier run with the same plan (compressed ones up to the first gap)."""
         self._end = self._head.size
         mark = self._mark()
-        if read_at(self._fd, 0, L.HEADER_SIZE) != mark:
+        same = read_at(self._fd, 0, L.HEADER_SIZE) == mark
+        if not same:
             os.ftruncate(self._fd, 0)
             self._pwrite(mark, 0)
-            self._write_bundle()
-            return
         self._write_bundle()
+        self._ends = [self._end]  # where raw records end, after the bundle's end
+        for i in range(self.total):
+            self._ends.append(self._aligned(self._ends[-1], i) + self._head.tensors[i][1])
+        if not same:
+            return
+        position = -1
         for kind, entries in ((L.TENS, self._head.residents), (L.EXPI, self._head.experts)):
             if not len(entries):
                 continue
             start, size = self._head.spans[kind]
             found = np.frombuffer(read_at(self._fd, start, size).ljust(size, b"\0"), entries.dtype)
             for i, e in enumerate(found):
-                start, stored = self._start(), int(e["record"]["stored_size"])
-                if not 0 < stored <= self._head.tensors[self.done][1]:
-                    return
-                data = read_at(self._fd, start, stored)
-                wanted = np.array(self._record(start, data), L.RECORD)
-                if len(data) < stored or wanted.tobytes() != e["record"].tobytes():
-                    return
+                position += 1
+                start, stored = self._start(position), int(e["record"]["stored_size"])
+                data, wanted = b"", None
+                if 0 < stored <= self._head.tensors[position][1]:
+                    data = read_at(self._fd, start, stored)
+                    wanted = np.array(self._record(position, start, data), L.RECORD)
+                if wanted is None or len(data) < stored or wanted.tobytes() != e["record"].tobytes():
+                    if self.plan.codec != L.RAW:
+                        return
+                    continue
                 entries[i]["record"] = wanted
-                self._advance(start + stored)
+                self._advance(position, start + stored)
 
-    def _start(self) -> int:
-        """Where the next record starts."""
+    def _aligned(self, end: int, position: int) -> int:
         first_expert = len(self.plan.residents)
-        return L.align(self._end, L.PART_ALIGNMENT if self.done < first_expert else self.plan.record_alignment)
+        return L.align(end, L.PART_ALIGNMENT if position < first_expert else self.plan.record_alignment)
 
-    def _advance(self, end: int) -> None:
-        self._end = end
-        self.done_bytes += self._head.tensors[self.done][1]
+    def _start(self, position: int) -> int:
+        """Where a record starts; one that is compressed must be the next."""
+        return self._aligned(self._ends[position] if self.plan.codec == L.RAW else self._end, position)
+
+    def _reach(self) -> int:
+        """Where the last record ends that is there."""
+        if self.plan.codec != L.RAW:
+            return self._end
+        return self._ends[self._there.rfind(1) + 1]
+
+    def _advance(self, position: int, end: int) -> None:
+        self._end = max(self._end, end)
+        self._there[position] = 1
+        self.done_bytes += self._head.tensors[position][1]
         self.done += 1
 
-    def _record(self, start: int, stored: L.Bytes) -> tuple[int, int, int, int, int, bytes, int]:
-        """The index fields of the next record; a record is encoded exactly if that makes it smaller."""
-        raw_size = self._head.tensors[self.done][1]
+    def _record(self, position: int, start: int, stored: L.Bytes) -> tuple[int, int, int, int, int, bytes, int]:
+        """The index fields of a record; it is encoded exactly if that makes it smaller."""
+        raw_size = self._head.tensors[position][1]
         codec = L.RAW if len(stored) == raw_size else self.plan.codec
         digest = xxhash.xxh64_intdigest(stored)
-        return start, len(stored), raw_size, codec, self._head.layout_ids[self.done], b"", digest
+        return start, len(stored), raw_size, codec, self._head.layout_ids[position], b"", digest
 
-    def _append(self, raw: bytearray) -> None:
-        start, first_expert = self._start(), len(self.plan.residents)
+    def _put(self, position: int, raw: bytearray) -> None:
+        start, first_expert = self._start(position), len(self.plan.residents)
         _, stored = records.encode(raw, self.plan.codec)
         self._pwrite(stored, start)
-        entries, kind, i = (self._head.residents, L.TENS, self.done)
-        if self.done >= first_expert:
-            entries, kind, i = self._head.experts, L.EXPI, self.done - first_expert
-        entries[i]["record"] = self._record(start, stored)
+        entries, kind, i = (self._head.residents, L.TENS, position)
+        if position >= first_expert:
+            entries, kind, i = self._head.experts, L.EXPI, position - first_expert
+        entries[i]["record"] = self._record(position, start, stored)
         self._pwrite(bytes(entries[i : i + 1]), self._head.spans[kind][0] + i * entries.dtype.itemsize)
-        self._advance(start + len(stored))
+        self._advance(position, start + len(stored))
 
     def _write_bundle(self) -> None:
         for e, name in zip(self._head.files, sorted(self.plan.bundle), strict=True):

@@ -1,6 +1,8 @@
 // The arithmetic, compiled once per instruction set (SQUIZD_AVX512, SQUIZD_AVX2, SQUIZD_NEON or none of them).
 #include "simd.h"
 
+#include "fit.h"
+
 using namespace squizd;
 
 namespace {
@@ -376,5 +378,5 @@ namespace squizd {
 #define TABLE plain
 #endif
 extern const Arithmetic TABLE;
-const Arithmetic TABLE = {ISA_NAME, pack, matmul, swiglu, rms_norm, attend, dequantize};
+const Arithmetic TABLE = {ISA_NAME, pack, matmul, swiglu, rms_norm, attend, dequantize, fitting::fit};
 }  // namespace squizd

@@ -44,6 +44,24 @@ struct Attention {
   float scale;
 };
 
+// Affine blocks to fit, groups of `group` weights in rows of `cols`: quantizers/mse.py. `codes`, `scales` and `biases` are the
+// min-max blocks', and become those that were found.
+constexpr int MAX_GROUP = 128;
+struct Fit {
+  enum Type { F32, F16, BF16 };
+  const float *w, *decoded;  // decoded: what the min-max blocks decode to
+  uint32_t* codes;
+  float *scales, *biases;
+  const float* weight;  // null, or rows of `cols`, one for `rows_per_weight` rows of w, the first of which is row `first_row`
+  size_t first_row, rows_per_weight;
+  int cols, group, bits;
+  Type type;  // of scales and biases as stored
+  int starts, refinements, rounds, neighbours;
+  const double *offsets, *distances;
+  const float* factors;
+  float margin;
+};
+
 constexpr int KEY_TILE = 256;
 constexpr int QUERY_TILE = 24;
 constexpr size_t TILE_FLOATS = 1 << 15;  // decoded weights that one thread holds, when rows are no longer than this
@@ -61,6 +79,8 @@ struct Arithmetic {
   void (*attend)(const Attention& a, int first, int count, float* scratch);
   // out[rows][cols] = codes as numbers, in natural order
   void (*dequantize)(const Matrix& w, int first, int last, float* out, float* tile);
+  // groups [first, first + count), count up to LANES
+  void (*fit)(const Fit& job, size_t first, int count);
 };
 
 inline int tile_rows(const Matrix& w) {

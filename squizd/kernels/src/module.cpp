@@ -1,6 +1,7 @@
 // What Python sees of the kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 
 #include "mlx/version.h"
@@ -47,6 +48,33 @@ HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Ban
           std::move(banks)};
 }
 
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using Words = nb::ndarray<uint32_t, nb::c_contig, nb::device::cpu>;
+
+// Fit the affine blocks of w [rows, cols] in place; see Fit.
+void fit(const Floats& w, const Floats& decoded, Words& codes, Floats& scales, Floats& biases, const std::optional<Floats>& weight,
+         size_t first_row, size_t rows_per_weight, int group, int bits, const std::string& type, const std::vector<double>& offsets,
+         const std::vector<double>& distances, int rounds, const std::vector<float>& factors, float margin) {
+  if (w.ndim() != 2 || group < 32 || group > MAX_GROUP || w.shape(1) % size_t(group)) throw std::invalid_argument("w or group");
+  const size_t rows = w.shape(0), cols = w.shape(1), groups = rows * (cols / size_t(group));
+  if (decoded.size() != w.size() || scales.size() != groups || biases.size() != groups || codes.size() != w.size() * size_t(bits) / 32)
+    throw std::invalid_argument("parts of other sizes");
+  if (weight && (!rows_per_weight || weight->size() < cols * ((first_row + rows - 1) / rows_per_weight + 1)))
+    throw std::invalid_argument("weight of another size");
+  const Fit job = {w.data(), decoded.data(), codes.data(), scales.data(), biases.data(), weight ? weight->data() : nullptr,
+                   first_row, rows_per_weight, int(cols), group, bits,
+                   type == "bf16" ? Fit::BF16 : type == "f16" ? Fit::F16 : Fit::F32,
+                   int(offsets.size()), int(distances.size()), rounds, int(factors.size()),
+                   offsets.data(), distances.data(), factors.data(), margin};
+  nb::gil_scoped_release unlocked;
+  const Engine e = engine();
+  const size_t step = LANES * 8, tasks = (groups + step - 1) / step;
+  e.pool.run(int(tasks), false, [&](int task, int) {
+    for (size_t at = size_t(task) * step; at < groups && at < (size_t(task) + 1) * step; at += LANES)
+      e.math.fit(job, at, int(groups - at < LANES ? groups - at : LANES));
+  });
+}
+
 PyObject* failed_read = nullptr;  // the class to raise, with (path, layer, expert, offset, reason)
 
 // MLX hands on only the message of what went wrong in its threads: here it becomes the exception that it was.
@@ -86,6 +114,8 @@ NB_MODULE(_native, m) {
   m.def("in_use", [] { return std::string(machine().math->name); });
   m.def("set_threads", [](int n) { machine().pool = std::make_unique<Pool>(n); }, nb::arg("count"));
   m.def("threads", [] { return machine().pool->workers(); });
+  m.def("fit", &fit, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
   m.def("linear", &lazy::linear);
   m.def("expert_linear", &lazy::expert_linear);
   m.def("swiglu_experts", &lazy::swiglu_experts);

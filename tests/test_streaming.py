@@ -1,0 +1,181 @@
+"""A repository compressed shard by shard: the same file, on little disk, after kills, from damaged shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import CommandLine, contents
+from hub import Hub, Repo, serve
+
+from squizd import weights
+from squizd.architecture import build
+from squizd.checkpoint import open_checkpoint
+from squizd.errors import SourceError
+from squizd.hub import Shard
+from squizd.streaming import _Hashes
+
+SHARDS = 9
+
+# Runs a command and prints the most bytes of disk that it took beside its output.
+MEASURED = """
+import sys
+from pathlib import Path
+from squizd import hub
+from squizd.cli import main
+folder, most = Path(sys.argv[1]), 0
+def watch(kind, name):
+    method = getattr(kind, name)
+    def watched(*args):
+        global most
+        found = method(*args)
+        used = [p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file() and p.suffix != ".partial"]
+        most = max(most, sum(used))
+        return found
+    setattr(kind, name, watched)
+watch(hub.Remote, "fetch")
+watch(hub.Shard, "copy")
+sys.argv[1:] = sys.argv[2:]
+try:
+    main()
+finally:
+    print("most", most)
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture in many shards, cut without regard to layers."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for path in tiny.iterdir():
+        if path.suffix in (".json", ".md") and path.name != "model.safetensors.index.json":
+            shutil.copy(path, folder)
+    found: dict[str, mx.array] = {}
+    for path in sorted(tiny.glob("*.safetensors")):
+        found |= mx.load(str(path))  # type: ignore[arg-type]
+    names, total = sorted(found), sum(a.nbytes for a in found.values())
+    shards: list[dict[str, mx.array]] = [{}]
+    for name in names:
+        if sum(a.nbytes for a in shards[-1].values()) > total / SHARDS:
+            shards.append({})
+        shards[-1][name] = found[name]
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        mx.save_safetensors(str(folder / file), shard)
+    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(sharded: Path) -> Iterator[Hub]:
+    with serve() as hub:
+        hub.repos["org/tiny"] = Repo()
+        hub.repos["org/tiny"].commit(sharded)
+        yield hub
+
+
+def online(hub: Hub, home: Path) -> dict[str, str]:
+    return CommandLine.environment(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_OFFLINE=None)
+
+
+def shards_read(hub: Hub) -> list[str]:
+    """Whole shards that were asked for."""
+    return [path for method, path, _, part in hub.seen
+            if method == "GET" and path.endswith(".safetensors") and not part]  # fmt: skip
+
+
+def test_the_disk_holds_the_file_a_shard_and_what_is_left_of_a_layer(
+    hub: Hub, sharded: Path, tmp_path: Path, tiny_file: Callable[..., Path]
+) -> None:
+    command = ["compress", "org/tiny", "-o", tmp_path / "x.squizd", "--quantizer", "minmax"]
+    hub.seen.clear()
+    home = tmp_path.parent / (tmp_path.name + "-home")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path, *map(str, command)],
+        env=online(hub, home), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    checkpoint = open_checkpoint(sharded)
+    sizes = [p.stat().st_size for p in checkpoint.shards]
+    layers: dict[str, int] = {}
+    for name, size in checkpoint.sizes.items():
+        if ".layers." in name:
+            layers[name.split(".")[2]] = layers.get(name.split(".")[2], 0) + size
+    most = int(done.stdout.split("most ")[1])
+    assert most < max(sizes) + max(layers.values()) + len(sizes) * 80_000  # headers of the stand-ins
+    assert most < 0.6 * sum(sizes)
+    assert sorted(shards_read(hub)) == sorted(set(shards_read(hub)))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.squizd"]
+    assert not list(home.rglob("*.safetensors"))
+    found, expected = contents(tmp_path / "x.squizd"), contents(tiny_file())
+    source = found["metadata"]["provenance"].pop("source")
+    expected["metadata"]["provenance"].pop("source")
+    assert found == expected
+    assert [f["sha256"] for f in source["files"]] == [f["sha256"] for f in checkpoint.hashes()]
+
+
+def test_killed_between_shards_it_fetches_what_is_missing_and_ends_in_the_same_bytes(
+    hub: Hub, tmp_path: Path, cli: CommandLine
+) -> None:
+    env = online(hub, tmp_path / "home") | {"SQUIZD_KERNELS": "0"}  # slowly
+    cli.process("compress", "org/tiny", "-o", tmp_path / "whole.squizd", env=env).success()
+    target = tmp_path / "x.squizd"
+    for share in (0.2, 0.5, 0.8):
+        process = cli.start("compress", "org/tiny", "-o", target, env=env)
+        partial = Path(f"{target}.partial")
+        size = (tmp_path / "whole.squizd").stat().st_size
+
+        def written(partial: Path = partial) -> int:
+            return partial.stat().st_blocks * 512 if partial.exists() else 0
+
+        while process.poll() is None and written() < share * size:
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGKILL)
+        cli.finish(process)
+        assert not target.exists()
+    hub.seen.clear()
+    outcome = cli.process("compress", "org/tiny", "-o", target, "--json", env=env).success()
+    assert json.loads(outcome.out)["resumed"] > 0
+    assert 0 < len(shards_read(hub)) < SHARDS
+    assert target.read_bytes() == (tmp_path / "whole.squizd").read_bytes()
+
+
+def test_what_a_tensor_is_made_from_is_read_off_sanitize(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    model = build(checkpoint.config, "tiny")
+    found = weights.sources(checkpoint, model)
+    at = "model.layers.1.mlp"
+    assert found[f"{at}.switch_mlp.up_proj.weight"] == {f"{at}.experts.{i}.up_proj.weight" for i in range(32)}
+    assert found["model.norm.weight"] == {"model.norm.weight"}
+    assert set().union(*found.values()) == set(checkpoint.sizes)
+
+
+def test_a_model_that_looks_at_numbers_cannot_be_fetched_in_parts(tiny: Path) -> None:
+    class Looking(nn.Module):
+        def sanitize(self, found: dict[str, mx.array]) -> dict[str, mx.array]:
+            name = "model.norm.weight"
+            found[name] = found[name] * float(found["model.embed_tokens.weight"].max()) + mx.ones(128)
+            mx.eval(found[name])
+            return found
+
+    with pytest.raises(SourceError, match="cannot be fetched one by one") as caught:
+        weights.sources(open_checkpoint(tiny), Looking())
+    assert "--keep-source" in caught.value.hint
+
+
+def test_a_shard_that_is_not_what_the_hub_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"something else")
+    with pytest.raises(SourceError, match="damaged on its way"):
+        _Hashes(tmp_path / "hashes.json").add(Shard(path.name, 14, "0" * 64, {}), path)
+    assert not path.exists()
