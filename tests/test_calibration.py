@@ -18,9 +18,10 @@ import squizd
 from squizd import calibration, corpus
 from squizd.calibration import PRIOR_TOKENS, Statistics, calibrate
 from squizd.checkpoint import open_checkpoint
+from squizd.container.layout import Encoding
 from squizd.errors import RecipeError, SourceError
 from squizd.evaluation import Subject
-from squizd.guide import Calibration
+from squizd.guide import Calibration, Guide
 from squizd.kernels import layers
 
 CONTEXT, COUNT = 24, 5
@@ -87,6 +88,12 @@ def test_moments_counts_and_gates_are_those_of_a_plain_pass(
         if path not in statistics.tokens:
             x = np.concatenate([p[0] for p in parts])
             np.testing.assert_allclose(statistics.moments[path], (x * x).mean(axis=0), rtol=1e-3, atol=1e-6)
+            products = x.T @ x / len(x)
+            found = statistics.hessian(path)
+            assert found is not None
+            np.testing.assert_allclose(found, products, rtol=1e-3, atol=1e-4 * np.abs(products).max())
+    assert all("k_proj" in p or "v_proj" in p for p in statistics.shared)  # what has the query's inputs is kept once
+    assert len(statistics.shared) == 2 * len(statistics.tokens)
     checked = 0
     for path, tokens in statistics.tokens.items():
         x, chosen = (np.concatenate([p[i] for p in seen[path]]) for i in range(2))
@@ -142,6 +149,31 @@ def test_hessians_are_sums_of_products(tiny: Path, text: Path, statistics: Stati
             total = sum(inputs.hessians(projection, [e])[0] for e in range(inputs.count))
             np.testing.assert_allclose(layer * (inputs.gates**2).sum(), total, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(inputs.gates.sum(axis=-1), 1, rtol=1e-4)
+
+
+def test_gptq_serves_tensors_in_constant_use(tiny: Path, text: Path, statistics: Statistics) -> None:
+    weights: dict[str, mx.array] = {}
+    for shard in open_checkpoint(tiny).shards:
+        weights |= mx.load(str(shard))
+    path, encoding = "model.layers.1.self_attn.k_proj", Encoding("affine", "bf16", 3, 64)
+    w, h = weights[f"{path}.weight"], statistics.hessian(path)
+    assert h is not None
+    left = {}
+    for method in ("mse", "gptq"):
+        codes, scales, biases = Guide(method, statistics).quantize(path, w, encoding)
+        assert scales is not None
+        decoded = mx.dequantize(codes, scales, biases, group_size=64, bits=3)
+        d = np.array(decoded.astype(mx.float32) - w.astype(mx.float32)).astype(np.float64)
+        left[method] = np.einsum("oi,ij,oj->", d, h.astype(np.float64), d)
+    assert left["gptq"] < 0.7 * left["mse"]
+
+
+def test_products_stop_where_there_is_no_room(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "PRODUCT_BYTES", 3 * 4 * 128 * 128)
+    found = calibrate(open_checkpoint(tiny), corpus.read(text), context=CONTEXT, count=COUNT, seed=3)
+    assert list(found.products) == [f"model.layers.0.{p}" for p in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate")]
+    assert found.hessian("model.layers.0.self_attn.v_proj") is not None
+    assert found.hessian("model.layers.1.self_attn.v_proj") is None
 
 
 def test_statistics_are_the_same_again_and_through_a_file(

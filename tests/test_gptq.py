@@ -98,6 +98,39 @@ def test_refitted_grids_never_make_a_row_worse(monkeypatch: pytest.MonkeyPatch) 
     assert (refitted < output_error(w, decode(quantize(w, e, "gptq", h), e), h)).all()
 
 
+def descended(w: np.ndarray, h: np.ndarray, found: np.ndarray, s: np.ndarray, b: np.ndarray, top: int) -> np.ndarray:
+    """One pass over the columns of a matrix [out, in]: each the best of all levels, the others as they are."""
+    found = found.copy()
+    for j in range(w.shape[1]):
+        levels = np.arange(top + 1)[:, None] * s[:, j] + b[:, j]  # [levels, out]
+        others = (found - w) @ h[:, j] - (found[:, j] - w[:, j]) * h[j, j]
+        error = h[j, j] * (levels - w[:, j]) ** 2 + 2 * (levels - w[:, j]) * others
+        found[:, j] = np.take_along_axis(levels, error.argmin(axis=0)[None], axis=0)[0]
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_descent_is_that_of_a_naive_search_over_levels(bits: int) -> None:
+    w, h = problem(1, 24, 128)
+    e = Encoding("affine", "bf16", bits, 32)
+    codes, scales, biases = quantize(w, e, "mse")
+    assert scales is not None
+    assert biases is not None
+    decoded = decode((codes, scales, biases), e)
+    steps, offsets = (
+        np.repeat(np.array(x.astype(mx.float32)).astype(np.float64), 32, axis=-1) for x in (scales, biases)
+    )
+    h64 = module._damped(np.array(h).astype(np.float64))
+    columns = mx.swapaxes(w.astype(mx.float32), 1, 2)
+    start = mx.array(np.round((decoded - offsets) / steps).astype(np.float32).swapaxes(1, 2))
+    grids = module.Grids(mx.swapaxes(scales, 1, 2), mx.swapaxes(biases, 1, 2))
+    found = module._descend(columns, start, grids, mx.array(h64.astype(np.float32)), e)
+    w64 = np.array(w.astype(mx.float32)).astype(np.float64)
+    wanted = descended(w64[0], h64[0], decoded[0], steps[0], offsets[0], 2**bits - 1)
+    rows = np.isclose(np.array(found).swapaxes(1, 2)[0] * steps[0] + offsets[0], wanted, atol=1e-5).all(axis=1)
+    assert rows.mean() > 0.9  # float32 decides a few ties differently
+
+
 def test_uncorrelated_inputs_leave_nothing_to_feed_back() -> None:
     w, _ = problem(2, 16, 64)
     e = Encoding("affine", "bf16", 4, 32)
