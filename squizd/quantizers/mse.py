@@ -46,7 +46,7 @@ from squizd.quantizers.packing import DTYPES, Quantized, pack
 # moment. A row is never divided by MLX. NumPy's pieces stay in a CPU's cache, below the size at which malloc asks the
 # system for every array: both cost several times the arithmetic.
 CPU_CHUNK: Final = 1 << 18
-CPU_PIECE: Final = 1 << 14
+CPU_PIECE: Final = 3 << 13
 GPU_CHUNK: Final = 1 << 22  # a GPU's kernels are started one by one
 THREADS: Final = min(4, os.cpu_count() or 1)  # on a CPU, beside MLX's own
 
@@ -285,8 +285,17 @@ class _Groups:
 
     def nearest(self, w: Array, inverse: Array, scale: Array, bias: Array) -> Array:
         """The codes, as float32, of the levels ``scale * q + bias`` nearest to w; inverse is 1 / scale."""
-        codes = (w - (bias - 0.5 * scale)) * inverse
-        return self.xp.floor(self.xp.minimum(self.xp.maximum(codes, 0.0), self.levels + 0.5))
+        codes = w - (bias - 0.5 * scale)
+        codes *= inverse
+        if self.xp is mx:
+            return mx.floor(mx.clip(codes, 0.0, self.levels + 0.5))
+        np.maximum(codes, np.float32(0), out=codes)
+        np.minimum(codes, np.float32(self.levels + 0.5), out=codes)
+        return np.floor(codes, out=codes)
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """Sum of products of every group, [1, groups]."""
+        return mx.sum(a * b, axis=0, keepdims=True) if self.xp is mx else np.einsum("ij,ij->j", a, b)[None]
 
     def least_squares(self, codes: Array) -> tuple[Array, Array, Array]:
         """(gain, scale, bias): the best grid for the codes of the centred weights, and the error that it removes.
@@ -294,9 +303,8 @@ class _Groups:
         Codes that are all alike, to rounding, give a scale and a gain near 0.
         """
         weighted = codes if self.weight is None else codes * self.weight
-        codes_sum, squares, covariance = (
-            self.xp.sum(x, axis=0, keepdims=True) for x in (weighted, weighted * codes, weighted * self.centred)
-        )
+        codes_sum = self.xp.sum(weighted, axis=0, keepdims=True)
+        squares, covariance = self.dot(weighted, codes), self.dot(weighted, self.centred)
         mean = codes_sum * (1 / self.total)
         variance = self.xp.maximum(squares - codes_sum * mean, 1e-6 * squares + 1e-30)
         scale = covariance / variance
