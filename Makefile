@@ -32,7 +32,7 @@ test: $(VENV)/installed
 
 # Whoever runs a model computes with the kernels or without: these files run both ways, and compare with mlx-lm bit for bit
 # in the second. Everything else only handles files and numbers as stored, which no kernel touches.
-COMPUTING := $(wildcard tests/test_runtime*.py) $(addprefix tests/test_,caches.py cli.py generation.py kernels.py policy.py profile.py reference.py)
+COMPUTING := $(wildcard tests/test_runtime*.py) $(addprefix tests/test_,caches.py cli.py deferral.py failures.py generation.py kernels.py policy.py profile.py reference.py)
 
 check: lint
 	$(BIN)/python -m pytest
