@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-from click.testing import CliRunner
+# As the command line does: two threads of BLAS on few cores wait for each other. NumPy must not have been imported yet.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from click.testing import CliRunner  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "squizd.cli"]
