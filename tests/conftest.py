@@ -20,8 +20,8 @@ from typing import Any
 # As the command line does: two threads of BLAS on few cores wait for each other. NumPy must not have been imported yet.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from click.testing import CliRunner  # noqa: E402
+import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "squizd.cli"]
