@@ -120,7 +120,7 @@ def test_descent_is_that_of_a_naive_search_over_levels(bits: int) -> None:
     steps, offsets = (
         np.repeat(np.array(x.astype(mx.float32)).astype(np.float64), 32, axis=-1) for x in (scales, biases)
     )
-    h64 = module._damped(np.array(h).astype(np.float64))
+    h64 = np.array(module._damped(mx.array(h))).astype(np.float64)
     columns = mx.swapaxes(w.astype(mx.float32), 1, 2)
     start = mx.array(np.round((decoded - offsets) / steps).astype(np.float32).swapaxes(1, 2))
     grids = module.Grids(mx.swapaxes(scales, 1, 2), mx.swapaxes(biases, 1, 2))
