@@ -25,17 +25,18 @@ class BuildKernels(build_ext):
     """Compiles by `squizd.kernels.build`; if that fails, one line says why and everything will run through MLX."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile the only extension there is."""
+        """Compile one of the two."""
         build = _build_module()
         target = Path(self.get_ext_fullpath(ext.name))
         target.unlink(missing_ok=True)  # of an earlier build in this folder, perhaps for another MLX
+        compile_it = build.build_transfer if ext.name.endswith("_transfer") else build.build
         try:
-            build.build_transfer(target.parent)
-            build.build(target.parent)
+            compile_it(target.parent)
         except (build.BuildError, OSError) as error:
             self.warn(f"squizd is installed without its kernels: {error}")
 
 
 # optional: what was not built is not looked for by an editable install either. Elsewhere MLX's own kernels are fast.
-kernels = [Extension("squizd.kernels._native", sources=[], optional=True)] if sys.platform == "linux" else []
+names = ("squizd.kernels._transfer", "squizd.kernels._native") if sys.platform == "linux" else ()
+kernels = [Extension(name, sources=[], optional=True) for name in names]
 setup(ext_modules=kernels, cmdclass={"build_ext": BuildKernels})

@@ -22,7 +22,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
 FILE = "_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
-TRANSFER = Path(__file__).parent / "_transfer.so"  # needs neither Python nor MLX
+# No Python module, and needs neither Python nor MLX; named like one so that setuptools installs it.
+TRANSFER = Path(__file__).parent / ("_transfer" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _OLDEST = (0, 32)  # MLX, as in pyproject.toml
 _COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-pthread"]
 # One object per instruction set. No contraction: every fused multiply-add is written as one.
