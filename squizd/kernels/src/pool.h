@@ -6,6 +6,8 @@
 #include <thread>
 #include <vector>
 
+#include "pause.h"
+
 namespace squizd {
 
 class Pool {
@@ -62,14 +64,6 @@ class Pool {
 
  private:
   static constexpr int SPINS = 2000;
-
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
 
   void work(int worker) {
     for (int task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) call_(job_, task, worker);

@@ -13,6 +13,8 @@
 #include <thread>
 #include <vector>
 
+#include "pause.h"
+
 namespace squizd {
 
 // What became of a record; above 0 an errno.
@@ -51,14 +53,6 @@ struct Rejected {
   const Shelf* shelf;
   int expert;
 };
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 class Transfer {
  public:
