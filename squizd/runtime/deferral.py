@@ -108,7 +108,8 @@ class Deferral:
                 self._last = out, mine
                 if exchange is not None:
                     exchange.finish()
-                self._pager.settle()
+                else:
+                    self._pager.settle()
             except BaseException:
                 self._pending = None
                 mx.synchronize(mine[1])
