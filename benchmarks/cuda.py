@@ -171,6 +171,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             "gigabytes_read_per_token": round(stats.bytes_read / 1e9 / tokens, 3),
             "read_milliseconds_per_token": round(1e3 * stats.read_seconds / tokens, 2),
             "deferred": deferral is not None and (deferral.reason or deferral.tried),
+            "asked_by_gpu": deferral is not None and (deferral.exchange_reason or deferral.exchange is not None),
         }
     return out
 
