@@ -110,7 +110,7 @@ class Reader:
 
 def engines(file: Any, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """The two engines, and what each is without digest or announcements."""
-    records = [file.expert(x.layer, e) for x in file.moe_layers for e in range(x.expert_count)]
+    records = [record for x in file.moe_layers for record in file.experts(x.layer)]
     reader = Reader(max(r.stored_size for r in records))
     kinds: dict[str, Callable[[Any], Source]] = {"preadv": Positioned, "mapped": Mapped}
     sides = {

@@ -100,7 +100,7 @@ def fit(
         raise RequestError(f"{os.fspath(path)}: its model has no experts to page")
     with container.open(path) as file:
         found = read_profile(file)
-        records = [[file.expert(x.layer, e) for e in range(x.expert_count)] for x in file.moe_layers]
+        records = [file.experts(x.layer) for x in file.moe_layers]
         cold, warm = _disk(file, [r for layer in records for r in layer]) if measure else (None, None)
     budgets = _budgets(demand, tokens, memory)
     compute = _compute_seconds(path, budgets[-1]) if measure else None

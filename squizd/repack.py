@@ -101,7 +101,7 @@ def _appendices(f: File, drop: Sequence[str], add: Mapping[str, bytes]) -> dict[
 
 
 def _plan(f: File, codec: str | None, appendices: dict[bytes, bytes]) -> Plan:
-    records = [f.expert(x.layer, e) for x in f.moe_layers for e in range(x.expert_count)]
+    records = [record for x in f.moe_layers for record in f.experts(x.layer)]
     if codec is None:
         every = [*records, *(record for _, record in f.residents.values())]
         codec = "zstd" if 2 * sum(r.codec == ZSTD for r in every) > len(every) else "raw"

@@ -112,9 +112,13 @@ class File:
             raise RequestError(
                 f"{self.path} has no layer {layer} expert {expert}", hint=f"layers with experts: {listed} ..."
             )
-        _, _, row = self._contents.experts[first + expert].item()
-        offset, stored_size, raw_size, codec, layout, _, digest = row
-        return Record(offset, stored_size, raw_size, codec, digest, layout)
+        return _record(self._contents.experts[first + expert].item())
+
+    def experts(self, layer: int) -> list[Record]:
+        """The records of all experts of a layer, in order; RequestError if there is no such layer."""
+        self.expert(layer, 0)
+        first, count = self._first[layer]
+        return [_record(row) for row in self._contents.experts[first : first + count].tolist()]
 
     def read(self, record: Record, what: str) -> memoryview:
         """Decoded bytes of `record`, digest verified. `what` names it in a ReadError or FormatError."""
@@ -229,6 +233,12 @@ def open(path: str | os.PathLike[str]) -> File:
         os.close(fd)
         raise
     return File(name, fd, contents)
+
+
+def _record(row: Any) -> Record:
+    """Of an entry of EXPI."""
+    _, _, (offset, stored_size, raw_size, codec, layout, _, digest) = row
+    return Record(offset, stored_size, raw_size, codec, digest, layout)
 
 
 def _raise_first(path: str, faults: Sequence[Any]) -> None:

@@ -100,7 +100,7 @@ def draw(file: File) -> Blueprint:
 def _draw(file: File, config: dict[str, Any]) -> Blueprint:
     model = _build(config, file.path)
     kind = config["model_type"]
-    layouts = {x.path: sorted({file.expert(x.layer, e).layout for e in range(x.expert_count)}) for x in file.moe_layers}
+    layouts = {x.path: sorted({record.layout for record in file.experts(x.layer)}) for x in file.moe_layers}
     # A draft head's tensors belong to no module of the model itself.
     stored = [(tensor, record) for tensor, record in file.residents.values() if tensor.role != "draft"]
     tensors = {tensor.name: tensor for tensor, _ in stored}

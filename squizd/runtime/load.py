@@ -225,8 +225,7 @@ def load_model(
 
 def _largest_record(file: File) -> int:
     """Stored bytes of the largest expert; 0 without experts."""
-    layers = file.moe_layers
-    return max((file.expert(x.layer, e).stored_size for x in layers for e in range(x.expert_count)), default=0)
+    return max((record.stored_size for x in file.moe_layers for record in file.experts(x.layer)), default=0)
 
 
 def _defer(blueprint: Blueprint, pager: Pager, needs: Needs) -> Deferral:
@@ -284,8 +283,7 @@ def _demand(blueprint: Blueprint, needs: Needs, file: File, profile: Profile | N
     curves = [p.curve() for p in profile.layers] if profile is not None else [()] * len(blueprint.layers)
     experts: list[int] = []
     for x in blueprint.layers:
-        records = [file.expert(x.layer.layer, e) for e in range(x.layer.expert_count)]
-        experts += {x.scatters[r.layout].staging_bytes(r.codec, r.raw_size) for r in records}
+        experts += {x.scatters[r.layout].staging_bytes(r.codec, r.raw_size) for r in file.experts(x.layer.layer)}
     threads = READERS + 1 + (profile is not None)  # with the one that asks, and the one that warms
     once = [x.scatter.staging_bytes(x.record.codec, x.record.raw_size) for x in blueprint.residents]
     return Demand(

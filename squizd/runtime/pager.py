@@ -156,7 +156,7 @@ class Slots:
         self._free = list(range(self.count))[::-1]
         self.shelf: Any = None  # the native counterpart, where there is one: see `lending`
         self.scatters = scatters
-        self.records = [pager.file.expert(layer.layer, e) for e in range(layer.expert_count)]
+        self.records = pager.file.experts(layer.layer)
         self.shelf_handle: int | None = None
         layouts = {record.layout for record in self.records}
         parts = scatters[layouts.pop()].parts
