@@ -39,24 +39,25 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(device, name, lambda: True)
 
 
-def ask_from_here(chosen: mx.array, address: mx.array) -> mx.array:
-    """What the CUDA kernels do (runtime/exchange.py), by the host and at once."""
+def ask_from_here(chosen: mx.array, note: mx.array) -> mx.array:
+    """What the CUDA kernel does (runtime/exchange.py), by the host and at once."""
     count = chosen.size
-    box = np.frombuffer((ctypes.c_uint32 * 192).from_address(address.item()), np.uint32)
-    box[1 : 1 + count] = np.array(chosen)
+    address = int(np.array(note)[:2].view(np.uint64)[0])
+    box = np.frombuffer((ctypes.c_uint32 * 192).from_address(address), np.uint32)
+    box[1 : 1 + count] = np.array(chosen).reshape(-1)
     number = np.uint32(int(box[0]) + 1)
     box[0] = number
     if not wait(lambda: box[32] == number, box):
-        return mx.zeros((count,), mx.uint32)
+        return mx.zeros(chosen.shape, mx.uint32)
     table = np.frombuffer((ctypes.c_uint64 * 64).from_address(int(box[66:68].view(np.uint64)[0])), np.uint64)
     for coming in box[68:188].reshape(30, 4)[: box[64]]:
         if not wait(lambda coming=coming: coming[3] == number, box):
-            return mx.zeros((count,), mx.uint32)
+            return mx.zeros(chosen.shape, mx.uint32)
         source = int(coming[:2].view(np.uint64)[0])
         for offset, size, to, stride in table.reshape(16, 4)[: box[65]].tolist():
             if source:
                 ctypes.memmove(to + stride * int(coming[2]), source + offset, size)
-    return mx.array(box[33 : 33 + count])
+    return mx.array(box[33 : 33 + count]).reshape(chosen.shape)
 
 
 def wait(done: Callable[[], bool], box: np.ndarray) -> bool:
@@ -122,7 +123,7 @@ def test_who_asks_in_vain_waits_instead(
     tiny_file: Callable[..., Path], plain: None, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slots that are not the host's answer are noticed in the first token, and nothing is asked any more."""
-    monkeypatch.setattr(device, "ask", lambda: lambda chosen, address: ask_from_here(chosen, address) * 0)
+    monkeypatch.setattr(device, "ask", lambda: lambda chosen, note: ask_from_here(chosen, note) * 0)
     model = load_model(tiny_file(), resident="50%")
     got = decode(model, 6)
     deferral = state(model).deferral

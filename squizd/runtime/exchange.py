@@ -1,9 +1,9 @@
 """A token that runs through the GPU without stopping at the host: see `kernels/src/exchange.h`.
 
 In place of a read-back, each paged layer has a kernel that writes the router's choice into host memory and waits
-there for the slots, which a thread of the compiled library answers within microseconds; a second kernel copies what
-is missing from pinned memory into its slot as it is read. Python builds the graph of the whole token meanwhile. A
-kernel that waits longer than `PATIENCE` goes on, and the token fails. Native code then decides what lies in which
+there for the slots, which a thread of the compiled library answers within microseconds; what is missing it copies
+from pinned memory into its slot as it is read. Python builds the graph of the whole token meanwhile. A kernel that
+waits longer than `PATIENCE` goes on, and the token fails. Native code then decides what lies in which
 slot, until `give_back`: as with `lending`.
 """
 
@@ -26,78 +26,99 @@ if TYPE_CHECKING:
 
 PATIENCE, FIRST_PATIENCE = 60_000, 200  # milliseconds; the first token is a trial
 MOST_CHOICES = 30
+SCHEDULED = 4  # layers at once: scheduling one by itself costs the host more than it gains the GPU
 _BAD_CHOICE = -4
 
-# (choice, address of the box) -> slots, both uint32 [k]: how a computation sends its choice and waits for the slots.
 Lock = AbstractContextManager[bool]
+# (choice, note) -> slots, both uint32 [..., k]: how a computation sends its choice and waits for the slots. The note,
+# uint32 [NOTE], begins with the address of the layer's box, low word first; the rest is zero at first, and the asker's.
 Ask = Callable[[mx.array, mx.array], mx.array]
+NOTE = 256
 
-# In 32-bit words of a Box: see kernels/src/exchange.h.
+# Block 0 talks with the host, whose memory is far away, and tells the other blocks by the note.
+# In 32-bit words of a Box (see kernels/src/exchange.h): 0 sent, 1 experts, 31 lost, 32 answered, 33 slots, 63 patience,
+# 64 count, 65 parts, 66 table, 68 records. Of the note: 0 the box, 2 number of the last choice that all blocks are
+# through with, 3 how many are, 4 number that was answered, 5 count, 6 parts, 8 records, 128 table.
 _ASK = """
-    volatile unsigned* box = reinterpret_cast<volatile unsigned*>(address[0]);
-    const unsigned i = threadIdx.x;
-    if (i < K) box[1 + i] = chosen[i];
-    __threadfence_system();
-    __syncwarp();
-    if (i == 0) {
-      const unsigned number = box[0] + 1;
-      box[0] = number;
+    volatile unsigned* note = const_cast<unsigned*>(about);
+    const unsigned long long place = note[0] | static_cast<unsigned long long>(note[1]) << 32;
+    volatile unsigned* box = reinterpret_cast<volatile unsigned*>(place);
+    volatile unsigned long long* table = reinterpret_cast<volatile unsigned long long*>(note + 128);
+    __shared__ unsigned number, count, parts, lost;
+    __shared__ unsigned long long source, slot, row[64];
+    auto wait = [&](volatile unsigned* word) {  // for the host
       unsigned long long began, now;
       asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
-      while (box[32] != number) {
+      while (*word != number && !lost) {
         __nanosleep(100);
         asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-        if (now - began > box[63] * 1000000ull) {
-          box[31] = 1;
-          break;
-        }
+        if (now - began > box[63] * 1000000ull) box[31] = lost = 1;
       }
       __threadfence_system();
-    }
-    __syncwarp();
-    if (i < K) slots[i] = box[31] ? 0 : box[33 + i];
-"""
-_FETCH = """
-    volatile unsigned* box = reinterpret_cast<volatile unsigned*>(address[0]);
-    if (blockIdx.x == 0 && threadIdx.x < K) out[threadIdx.x] = slots[threadIdx.x];
-    __shared__ unsigned count, parts, number, lost;
-    __shared__ unsigned long long table[64], source, slot;
+    };
     if (threadIdx.x == 0) {
-      count = box[64];
-      parts = box[65];
-      number = box[32];
-      lost = box[31];
+      number = note[2] + 1;
+      lost = 0;
     }
     __syncthreads();
-    if (count == 0 || lost) return;
-    if (threadIdx.x < 4 * parts)
-      table[threadIdx.x] = (*reinterpret_cast<volatile unsigned long long* volatile*>(box + 66))[threadIdx.x];
+    if (blockIdx.x == 0) {
+      if (threadIdx.x < K) box[1 + threadIdx.x] = chosen[threadIdx.x];
+      __threadfence_system();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        box[0] = number;
+        parts = box[65];
+      }
+      __syncthreads();
+      if (note[6] == 0 && threadIdx.x < 4 * parts)  // for the first time
+        table[threadIdx.x] = (*reinterpret_cast<volatile unsigned long long* volatile*>(box + 66))[threadIdx.x];
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        wait(box + 32);
+        count = lost ? 0 : box[64];
+        note[6] = parts;
+        note[5] = count;
+        __threadfence();
+        note[4] = number;
+      }
+      __syncthreads();
+      if (threadIdx.x < K) slots[threadIdx.x] = lost ? 0 : box[33 + threadIdx.x];
+    } else if (threadIdx.x == 0) {
+      while (note[4] != number) __nanosleep(50);
+      __threadfence();
+      parts = note[6];
+      count = note[5];
+    }
+    __syncthreads();
+    if (count > 0 && threadIdx.x < 4 * parts) row[threadIdx.x] = table[threadIdx.x];
     const unsigned first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
     for (unsigned r = 0; r < count; r++) {
       __syncthreads();
-      if (threadIdx.x == 0) {  // only one thread a block: each look at the box is a trip to the host's memory
-        volatile unsigned* coming = box + 68 + 4 * r;
-        unsigned long long began, now;
-        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
-        while (coming[3] != number) {
-          __nanosleep(100);
-          asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-          if (now - began > box[63] * 1000000ull) {
-            box[31] = lost = 1;
-            break;
-          }
+      if (threadIdx.x == 0) {
+        volatile unsigned* told = note + 8 + 4 * r;
+        if (blockIdx.x == 0) {
+          volatile unsigned* coming = box + 68 + 4 * r;
+          wait(coming + 3);
+          source = lost ? 0 : *reinterpret_cast<volatile unsigned long long*>(coming);
+          slot = coming[2];
+          *reinterpret_cast<volatile unsigned long long*>(told) = source;
+          told[2] = static_cast<unsigned>(slot);
+          __threadfence();
+          told[3] = number;
+        } else {
+          while (told[3] != number) __nanosleep(50);
+          __threadfence();
+          source = *reinterpret_cast<volatile unsigned long long*>(told);
+          slot = told[2];
         }
-        __threadfence_system();
-        source = *reinterpret_cast<volatile unsigned long long*>(coming);
-        slot = coming[2];
       }
       __syncthreads();
-      if (lost) return;
       if (source == 0) continue;
       for (unsigned p = 0; p < parts; p++) {
-        const uint4* from = reinterpret_cast<const uint4*>(source + table[4 * p]);
-        uint4* to = reinterpret_cast<uint4*>(table[4 * p + 2] + table[4 * p + 3] * slot);
-        const unsigned units = table[4 * p + 1] / 16;
+        const uint4* from = reinterpret_cast<const uint4*>(source + row[4 * p]);
+        uint4* to = reinterpret_cast<uint4*>(row[4 * p + 2] + row[4 * p + 3] * slot);
+        const unsigned units = row[4 * p + 1] / 16;
         unsigned i = first;
         for (; i + 3 * step < units; i += 4 * step) {  // four loads under way in each thread
           const uint4 a = __ldcg(from + i), b = __ldcg(from + i + step);
@@ -110,25 +131,33 @@ _FETCH = """
         for (; i < units; i += step) to[i] = __ldcg(from + i);
       }
     }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      if (atomicAdd(const_cast<unsigned*>(about) + 3, 1) == gridDim.x - 1) {
+        note[3] = 0;
+        __threadfence();
+        note[2] = number;
+      }
+    }
 """
-_BLOCKS, _THREADS = 8, 512  # as fast as more (H100: 48 GB/s), and each block that waits slows the others' looks
+_BLOCKS, _THREADS = 8, 512  # 48 GB/s on an H100, as fast as more
 
 
 def cuda_ask() -> Ask:
-    """`Ask` as two CUDA kernels: one warp that asks and waits, and blocks that copy what is missing into its slots."""
+    """`Ask` as a CUDA kernel that asks, waits, and copies what is missing into its slots."""
     make: Any = mx.fast.cuda_kernel
-    asking = make(name="squizd_ask", input_names=["chosen", "address"], output_names=["slots"], source=_ASK)
-    fetching = make(name="squizd_fetch", input_names=["slots", "address"], output_names=["out"], source=_FETCH)
+    asking = make(name="squizd_ask", input_names=["chosen", "about"], output_names=["slots"], source=_ASK)
 
-    def ask(chosen: mx.array, address: mx.array) -> mx.array:
-        options = {
-            "template": [("K", chosen.size)],
-            "output_shapes": [(chosen.size,)],
-            "output_dtypes": [mx.uint32],
-        }
-        (slots,) = asking(inputs=[chosen, address], grid=(32, 1, 1), threadgroup=(32, 1, 1), **options)
-        grid, block = (_BLOCKS * _THREADS, 1, 1), (_THREADS, 1, 1)
-        (slots,) = fetching(inputs=[slots, address], grid=grid, threadgroup=block, **options)
+    def ask(chosen: mx.array, note: mx.array) -> mx.array:
+        (slots,) = asking(
+            inputs=[chosen, note],
+            template=[("K", chosen.size)],
+            grid=(_BLOCKS * _THREADS, 1, 1),
+            threadgroup=(_THREADS, 1, 1),
+            output_shapes=[chosen.shape],
+            output_dtypes=[mx.uint32],
+        )
         return slots  # type: ignore[no-any-return]
 
     return ask
@@ -137,12 +166,14 @@ def cuda_ask() -> Ask:
 class Exchange:
     """The paged layers of one model in the hands of native code; the pager's borrower between tokens."""
 
-    def __init__(self, pager: Pager, layers: Sequence[tuple[Slots, int]], ask: Ask, lock: Lock) -> None:
+    def __init__(
+        self, pager: Pager, layers: Sequence[tuple[Slots, int]], ask: Ask, lock: Lock, moved: Callable[[], bool]
+    ) -> None:
         """`layers`: slots, and how many experts a token has. `lock`: held for a whole token.
 
-        OSError if native code cannot serve these.
+        `moved`: whether a slot is no longer where it was. OSError if native code cannot serve these.
         """
-        self._pager, self._ask, self._lock = pager, ask, lock
+        self._pager, self._ask, self._lock, self._moved = pager, ask, lock, moved
         self._slots = [slots for slots, _ in layers]
         transfer = pager.transfer
         if transfer is None or any(slots.shelf_handle is None for slots in self._slots):
@@ -160,22 +191,31 @@ class Exchange:
         transfer.before_close.append(self._close)
         native = transfer.native
         boxes = [native.squizd_exchange_box(ctypes.c_void_p(self._handle), i) for i in range(len(layers))]
-        self._addresses = [mx.array(np.array([box], np.uint64)) for box in boxes]
-        mx.eval(self._addresses)
+        self._notes = [mx.array([box & 0xFFFFFFFF, box >> 32] + [0] * (NOTE - 2), mx.uint32) for box in boxes]
+        self._notes = [note + 0 for note in self._notes]  # computed, so that it lies in the device's own memory
+        mx.eval(self._notes)
         self._asked = 0
 
     def rows(self, layer: int, indices: mx.array) -> mx.array:
         """The slots of the experts `indices`, once it is computed and they are resident: uint32 of the same shape."""
         self._asked += 1
-        chosen = indices.reshape(-1)
-        chosen = chosen if chosen.dtype == mx.uint32 else chosen.astype(mx.uint32)
-        return self._ask(chosen, self._addresses[layer]).reshape(indices.shape)
+        return self._ask(indices if indices.dtype == mx.uint32 else indices.astype(mx.uint32), self._notes[layer])
+
+    @property
+    def due(self) -> bool:
+        """Whether what has been built of the token should be scheduled, so that the GPU has work."""
+        return self._asked % SCHEDULED == 1
 
     def begin(self, trial: bool) -> None:
         """A token begins."""
         if self._pager.closed:
             raise ReadError(f"{self._pager.file.path}: the model is closed")
         if self._pager.borrower is not self:
+            if self._moved():
+                raise RequestError(
+                    f"{self._pager.file.path}: the host has read arrays of paged experts, which moves them",
+                    hint="load the model again, and leave the parameters of paged layers alone",
+                )
             self._pager.reclaim()
             self._pager.stop_warming()
             for index, slots in enumerate(self._slots):

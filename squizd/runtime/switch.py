@@ -82,7 +82,8 @@ class PagedSwitch(nn.Module):
                 return self._call(paging, x, indices)
             if deferral.exchange is not None:
                 out = self._inner(x, deferral.exchange.rows(paging.index, indices))
-                mx.async_eval(out)  # the GPU need not wait until the whole token is built
+                if deferral.exchange.due:
+                    mx.async_eval(out)
                 return out
             deferral.resolve()
             if paging.mailbox is None or indices.size != paging.mailbox.count:
