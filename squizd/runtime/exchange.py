@@ -204,7 +204,7 @@ class Exchange:
     @property
     def due(self) -> bool:
         """Whether what has been built of the token should be scheduled, so that the GPU has work."""
-        return self._asked % SCHEDULED == 1
+        return self._asked % SCHEDULED == 1 % SCHEDULED
 
     def begin(self, trial: bool) -> None:
         """A token begins."""
