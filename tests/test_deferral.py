@@ -40,7 +40,7 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask_from_here(chosen: mx.array, note: mx.array) -> mx.array:
-    """What the CUDA kernel does (runtime/exchange.py), by the host and at once."""
+    """What the CUDA kernel does (runtime/asking.py), by the host and at once."""
     count = chosen.size
     address = int(np.array(note)[:2].view(np.uint64)[0])
     box = np.frombuffer((ctypes.c_uint32 * 192).from_address(address), np.uint32)

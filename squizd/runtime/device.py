@@ -23,7 +23,7 @@ from ..backend import on_cpu, on_cuda
 from ..kernels import layers, replay
 from ..kernels.replay import Replay
 from . import transfer as transfers
-from .exchange import Ask, cuda_ask
+from .asking import Ask, cuda_ask
 from .lending import Lending
 from .source import Bytes
 from .transfer import Transfer, cuda_library

@@ -1,6 +1,6 @@
 // Routers and experts of a token, while the GPU runs through it without the host's say. In each paged layer a small kernel
-// (runtime/exchange.py) writes the router's choice into this layer's box, in host memory that the GPU reaches, and waits there until a
-// thread of ours has written the slots of those experts beside it; another kernel copies those that are missing into their slots as
+// (runtime/asking.py) writes the router's choice into this layer's box, in host memory that the GPU reaches, and waits there until a
+// thread of ours has written the slots of those experts beside it; then it copies those that are missing into their slots as
 // they are read. So nobody waits but the GPU, and only for what is missing; and nothing here calls CUDA, whose locks may be
 // held by one who waits for the GPU. What lies in which slot, and who is given up, is decided here meanwhile, as in runtime/pager.py.
 #pragma once
