@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import settings
+
+settings.register_profile("squizd", deadline=None)  # a busy machine is no failure
+settings.load_profile("squizd")
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "squizd.cli"]
@@ -33,6 +38,29 @@ from squizd.cli import main
 for args in json.load(sys.stdin):
     result = CliRunner().invoke(main, args, prog_name="squizd")
     print(json.dumps([result.exit_code, result.stdout, result.stderr]))
+"""
+
+# Runs a command again and again, each time until `partial` takes more bytes of disk than the next line says: there it
+# kills itself, from another thread, at whatever moment that is. The process that forks has computed nothing yet, so it
+# has no threads; what takes long to import it has.
+_DOOMED = """
+import json, os, signal, sys, threading, time
+import squizd.compression
+from squizd.cli import main
+assert threading.active_count() == 1
+partial, args = json.loads(sys.stdin.readline())
+
+def watch(size):
+    while not os.path.exists(partial) or os.stat(partial).st_blocks * 512 <= size:
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        threading.Thread(target=watch, args=(float(line),), daemon=True).start()
+        main(args)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -108,16 +136,36 @@ class CommandLine:
             started.stdin.write(text)
         return finish(started)
 
-    def several(self, *commands: Sequence[str | Path], env: Mapping[str, str] | None = None) -> list[Outcome]:
-        """Some commands in one other process, so that its start is paid once; for what depends on `env`."""
+    def several(
+        self, *commands: Sequence[str | Path], env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> list[Outcome]:
+        """Some commands in one other process, so that its start is paid once; for what depends on `env` or `cwd`."""
         given = json.dumps([[str(a) for a in command] for command in commands])
         driver = [sys.executable, "-c", _DRIVER]
         done = subprocess.run(
-            driver, input=given, capture_output=True, text=True, env=env or environment(), timeout=120
+            driver, input=given, capture_output=True, text=True, env=env or environment(), cwd=cwd, timeout=120
         )
         assert done.returncode == 0, done
         assert done.stderr == "", done  # nothing but squizd's own lines
         return [Outcome(*json.loads(line)) for line in done.stdout.splitlines()]
+
+    @contextmanager
+    def doomed(
+        self, partial: Path, *args: str | Path, env: Mapping[str, str] | None = None
+    ) -> Iterator[Callable[[float], int]]:
+        """A call runs the command, kills it once `partial` takes more than so many bytes of disk; its exit code."""
+        driver = [sys.executable, "-c", _DOOMED]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(driver, text=True, env=env or environment(), **pipes) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            print(json.dumps([str(partial), [str(a) for a in args]]), file=process.stdin, flush=True)
+
+            def run(size: float) -> int:
+                print(size, file=process.stdin, flush=True)
+                return int(process.stdout.readline())
+
+            yield run
 
     environment = staticmethod(environment)
     start = staticmethod(start)

@@ -402,7 +402,7 @@ def as_fp8(folder: Path, **facts: Any) -> dict[str, np.ndarray]:
             for i, j in np.ndindex(scale.shape):
                 block = np.s_[128 * i : 128 * i + 128, 128 * j : 128 * j + 128]
                 scale[i, j] = np.abs(wide[block]).max() / 448
-                nearest = np.abs(wide[block][..., None] / scale[i, j] - E4M3).argmin(axis=-1)
+                nearest = FINITE[np.searchsorted(MIDDLES, wide[block] / scale[i, j])]
                 codes[block], decoded[block] = nearest, E4M3[nearest] * np.float64(scale[i, j])
             tensors |= {name: codes, f"{name}_scale_inv": scale}
             meant[name] = decoded
@@ -421,9 +421,10 @@ def as_fp8(folder: Path, **facts: Any) -> dict[str, np.ndarray]:
     return meant
 
 
-# NaN stands where E4M3 has it: nothing is nearest to it.
 E4M3 = np.array([(-1) ** (b >> 7) * ((b & 7) / 8 + ((b >> 3 & 15) > 0)) * 2.0 ** (max(b >> 3 & 15, 1) - 7)
-                 if b & 127 != 127 else 1e30 for b in range(256)])  # fmt: skip
+                 if b & 127 != 127 else np.nan for b in range(256)])  # fmt: skip
+FINITE = np.argsort(E4M3)[:-2]  # codes in the order of what they mean, without the two that mean nothing
+MIDDLES = (E4M3[FINITE][1:] + E4M3[FINITE][:-1]) / 2
 
 
 def test_block_scaled_fp8_is_read_as_what_it_means(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CommandLine
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -41,25 +42,23 @@ def test_readme_has_the_commands_this_file_expects() -> None:
     assert sum(NEEDS_HUB in line or "qwen3-30b" in line for line in COMMANDS) == 2
 
 
-def test_local_commands_and_python_example_run_in_order(workplace: Path) -> None:
-    for line in COMMANDS:
-        if "qwen3-30b" in line.lower():
-            continue
-        done = run(workplace, sys.executable, "-m", "squizd.cli", *shlex.split(line)[1:])
-        assert done.returncode == 0, (line, done.stderr)
-        assert done.stdout.strip(), line
+def test_local_commands_and_python_example_run_in_order(workplace: Path, cli: CommandLine) -> None:
+    lines = [line for line in COMMANDS if "qwen3-30b" not in line.lower()]
+    outcomes = cli.several(*(shlex.split(line)[1:] for line in lines), cwd=workplace)
+    for line, outcome in zip(lines, outcomes, strict=True):
+        assert outcome.success().out.strip(), line
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     done = run(workplace, sys.executable, "-c", example)
     assert done.returncode == 0, done.stderr
     assert "hits=" in done.stdout
 
 
-def test_hub_commands_parse(workplace: Path) -> None:
+def test_hub_commands_parse(workplace: Path, cli: CommandLine) -> None:
     """Without the hub and without the file they fail for that reason and no other."""
-    for line in (x for x in COMMANDS if "qwen3-30b" in x.lower()):
-        done = run(workplace, sys.executable, "-m", "squizd.cli", *shlex.split(line)[1:])
-        assert done.returncode == 1, line
-        assert "cannot be reached" in done.stderr or "No such file" in done.stderr, done.stderr
+    lines = [line for line in COMMANDS if "qwen3-30b" in line.lower()]
+    for outcome in cli.several(*(shlex.split(line)[1:] for line in lines), cwd=workplace):
+        said = outcome.failure()
+        assert "cannot be reached" in said or "No such file" in said
 
 
 def test_table_lists_exactly_the_commands_there_are() -> None:
@@ -77,14 +76,12 @@ def test_tree_lists_exactly_what_is_there() -> None:
     assert listed == (package - minor) | folders
 
 
-def test_makefile_demo_is_a_command_that_works(workplace: Path) -> None:
+def test_makefile_demo_is_a_command_that_works(workplace: Path, cli: CommandLine) -> None:
     """The demo's own two commands, as the Makefile has them."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
     lines = [x.strip() for x in makefile.splitlines() if x.startswith("\t$(BIN)/squizd")]
     assert len(lines) == 2
     (workplace / "build" / "demo").mkdir(parents=True)
-    for line in lines:
-        words = shlex.split(line.replace("$(BIN)/squizd", "squizd").replace("$(DEMO)", "build/demo"))
-        done = run(workplace, sys.executable, "-m", "squizd.cli", *words[1:])
-        assert done.returncode == 0, done.stderr
-    assert "hit rate" in done.stderr
+    commands = [shlex.split(line.replace("$(BIN)/squizd", "squizd").replace("$(DEMO)", "build/demo")) for line in lines]
+    outcomes = cli.several(*(words[1:] for words in commands), cwd=workplace)
+    assert "hit rate" in [outcome.success() for outcome in outcomes][-1].err

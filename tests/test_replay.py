@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import xxhash
+from conftest import environment
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from test_runtime_models import CONFIGS, QWEN3, in_float32, make_model, write_file
 
@@ -244,6 +247,41 @@ def test_logits_of_a_failed_read_are_no_numbers(file: Path, tmp_path: Path) -> N
         swallowed += bool(np.isnan(found).all())
         assert np.isnan(found).all() or np.isfinite(found).all()
     assert swallowed
+
+
+_FAILING = """
+import os, sys
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+from squizd.errors import ReadError
+from squizd.runtime.load import load_model, state
+
+model = load_model(sys.argv[1], resident="25%")
+cache = make_prompt_cache(model)
+for tokens in ([5, 17, 40], [3], [8], [9]):
+    mx.eval(model(mx.array([tokens]), cache=cache))
+assert state(model).replay.in_use
+os.truncate(sys.argv[1], state(model).file.expert(0, 0).offset)
+failed = 0
+for t in range(1500):
+    for entry in cache:
+        entry.trim(entry.offset - 6)
+    try:
+        model(mx.array([[t % 96]]), cache=cache)
+    except (ReadError, RuntimeError):
+        failed += 1
+print(failed)
+"""
+
+
+def test_what_fails_again_and_again_leaves_nothing_to_wait_for(file: Path, tmp_path: Path) -> None:
+    """MLX's count of what is under way would grow with errors until evaluations wait for ever: a process of its own."""
+    path = tmp_path / "m.squizd"
+    path.write_bytes(file.read_bytes())
+    command = [sys.executable, "-c", _FAILING, str(path)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 500
 
 
 def test_digests_are_xxh64() -> None:

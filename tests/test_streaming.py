@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,22 +126,13 @@ def test_the_disk_holds_the_file_a_shard_and_what_is_left_of_a_layer(
 def test_killed_between_shards_it_fetches_what_is_missing_and_ends_in_the_same_bytes(
     hub: Hub, tmp_path: Path, cli: CommandLine
 ) -> None:
-    env = online(hub, tmp_path / "home") | {"SQUIZD_KERNELS": "0"}  # slowly
+    env = online(hub, tmp_path / "home")
     cli.process("compress", "org/tiny", "-o", tmp_path / "whole.squizd", env=env).success()
     target = tmp_path / "x.squizd"
-    for share in (0.2, 0.5, 0.8):
-        process = cli.start("compress", "org/tiny", "-o", target, env=env)
-        partial = Path(f"{target}.partial")
-        size = (tmp_path / "whole.squizd").stat().st_size
-
-        def written(partial: Path = partial) -> int:
-            return partial.stat().st_blocks * 512 if partial.exists() else 0
-
-        while process.poll() is None and written() < share * size:
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        cli.finish(process)
-        assert not target.exists()
+    with cli.doomed(Path(f"{target}.partial"), "compress", "org/tiny", "-o", target, env=env) as run:
+        for share in (0.2, 0.5, 0.8):
+            assert run(share * (tmp_path / "whole.squizd").stat().st_size) == -signal.SIGKILL
+            assert not target.exists()
     hub.seen.clear()
     outcome = cli.process("compress", "org/tiny", "-o", target, "--json", env=env).success()
     assert json.loads(outcome.out)["resumed"] > 0

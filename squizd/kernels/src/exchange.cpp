@@ -70,8 +70,7 @@ Exchange::Failure Exchange::finish(int expected) {
     for (size_t i = 0; i < layers_.size(); i++) {
       Layer& layer = layers_[i];
       if (layer.shelf != bad.shelf) continue;
-      int& slot = layer.slot_of[size_t(bad.expert)];
-      if (slot >= 0) layer.expert_in[size_t(slot)] = -1, layer.used[size_t(slot)] = 0, slot = -1;
+      layer.slots.reject(bad.expert);
       if (!failure_.status) failure_ = {int(i), bad.expert, WRONG_DIGEST};
     }
   for (size_t i = 0; i < layers_.size(); i++)
@@ -126,8 +125,8 @@ void Exchange::answer(int index) {
   int missing[MOST_CHOICES], into[MOST_CHOICES], count = 0;
   for (int i = 0; i < layer.choices; i++) ids[i] = box.experts[i];
   for (int i = 0; i < layer.choices && !failure_.status; i++)
-    if (ids[i] >= layer.slot_of.size()) failure_ = {index, int(ids[i]), NO_EXPERT};
-  if (!failure_.status) count = place(layer, ids, slots, missing, into);  // after a failure nobody will see what is computed
+    if (ids[i] >= uint32_t(layer.slots.experts())) failure_ = {index, int(ids[i]), NO_EXPERT};
+  if (!failure_.status) count = layer.slots.place(ids, layer.choices, slots, missing, into);  // after a failure nobody will see what is computed
   for (int i = 0; i < layer.choices; i++) box.slots[i] = slots[i];
   for (int i = 0; i < count; i++) box.coming[i].slot = uint32_t(into[i]);
   box.count = uint32_t(count);
@@ -148,50 +147,13 @@ void Exchange::deliver(int index, uint32_t number, int count, const int* missing
     std::atomic_thread_fence(std::memory_order_seq_cst);
     box.coming[i].ready = number;
     if (!status) {
-      layer.counts.misses++;
-      layer.counts.bytes += layer.shelf->records[size_t(missing[i])].size;
+      layer.slots.filled(layer.shelf->records[size_t(missing[i])].size);
       return;
     }
-    layer.slot_of[size_t(missing[i])] = layer.expert_in[size_t(into[i])] = -1;
-    layer.used[size_t(into[i])] = 0;
+    layer.slots.reject(missing[i]);
     if (!failure_.status) failure_ = {index, missing[i], status};
   });
-  layer.counts.nanoseconds += uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count());
-}
-
-// Slots for one token's experts. Those that are missing are given one each; returns how many.
-int Exchange::place(Layer& layer, const uint32_t* ids, uint32_t* slots, int* missing, int* into) {
-  const int k = layer.choices;
-  const uint64_t now = ++clock_;
-  for (int i = 0; i < k; i++) {
-    const int slot = layer.slot_of[ids[i]];
-    if (slot < 0) continue;
-    layer.counts.hits += layer.used[size_t(slot)] != now;
-    layer.used[size_t(slot)] = now;
-  }
-  layer.recall.see(ids, k);
-  int count = 0;
-  for (int i = 0; i < k; i++) {
-    const int expert = int(ids[i]);
-    if (layer.slot_of[size_t(expert)] >= 0) continue;
-    const std::vector<uint64_t>& scores = layer.recall.scores();
-    auto goes_before = [&](int a, int b) {  // empty slots, then by score, then by number
-      const int x = layer.expert_in[size_t(a)], y = layer.expert_in[size_t(b)];
-      if (x < 0 || y < 0) return x < 0 && y >= 0;
-      return scores[size_t(x)] != scores[size_t(y)] ? scores[size_t(x)] < scores[size_t(y)] : x < y;
-    };
-    int victim = -1;
-    for (int s = 0; s < int(layer.expert_in.size()); s++)
-      if (layer.used[size_t(s)] != now && (victim < 0 || goes_before(s, victim))) victim = s;
-    int& before = layer.expert_in[size_t(victim)];
-    if (before >= 0) layer.slot_of[size_t(before)] = -1, layer.counts.evictions++;
-    before = expert;
-    layer.slot_of[size_t(expert)] = victim;
-    layer.used[size_t(victim)] = now;
-    missing[count] = expert, into[count] = victim, count++;
-  }
-  for (int i = 0; i < k; i++) slots[i] = uint32_t(layer.slot_of[ids[i]]);
-  return count;
+  layer.slots.counts.nanoseconds += uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count());
 }
 
 }  // namespace squizd

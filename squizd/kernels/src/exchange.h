@@ -7,7 +7,7 @@
 #include <chrono>
 #include <memory>
 
-#include "recall.h"
+#include "slots.h"
 #include "transfer.h"
 
 namespace squizd {
@@ -43,19 +43,11 @@ class Exchange {
   struct Failure {
     int layer, expert, status;
   };
-  struct Counts {
-    uint64_t hits = 0, misses = 0, evictions = 0, bytes = 0, nanoseconds = 0;
-  };
   struct Layer {
-    Layer(const Shelf* of, int slots, int k, const Rules& rules)
-        : shelf(of), choices(k), slot_of(of->records.size(), -1), expert_in(size_t(slots), -1), used(size_t(slots), 0),
-          recall(int(of->records.size()), rules) {}
+    Layer(const Shelf* of, int count, int k, const Rules& rules) : shelf(of), choices(k), slots(int(of->records.size()), count, rules) {}
     const Shelf* shelf;
     int choices;
-    std::vector<int> slot_of, expert_in;
-    std::vector<uint64_t> used;  // by slot: the clock of its last use
-    Recall recall;
-    Counts counts;
+    Slots slots;
   };
 
   Exchange(Transfer& transfer, std::vector<Layer> layers);  // `box` is null if there is no memory
@@ -74,7 +66,6 @@ class Exchange {
  private:
   void serve();
   void answer(int index);
-  int place(Layer& layer, const uint32_t* ids, uint32_t* slots, int* missing, int* into);
   void deliver(int index, uint32_t number, int count, const int* missing, const int* into);
   void give_up();
 
@@ -84,7 +75,6 @@ class Exchange {
   uint64_t (*tables_)[MOST_PARTS][4] = nullptr;
   std::vector<uint32_t> seen_;
   std::vector<const uint8_t*> lent_;  // what the GPU fetches, or has fetched
-  uint64_t clock_ = 0;
   uint32_t patience_ = 0;
   Failure failure_{};
   std::mutex mutex_;

@@ -147,8 +147,8 @@ NB_MODULE(_native, m) {
         return slots;
       })
       .def("take_counts", [](HeldShelf& s) {
-        const Shelf::Counts c = s.shelf->take_counts();
-        return std::make_tuple(c.hits, c.misses, c.evictions, c.bytes, c.seconds);
+        const Slots::Counts c = s.shelf->take_counts();
+        return std::make_tuple(c.hits, c.misses, c.evictions, c.bytes, double(c.nanoseconds) / 1e9);
       });
   m.def("placeholder", [](const std::vector<int>& shape, bool position) {
     return placeholder(mx::Shape(shape.begin(), shape.end()), position ? mx::int32 : mx::uint32);

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace squizd {
 namespace {
@@ -34,55 +35,20 @@ Failure failure_of(const std::string& message) {
 
 Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots, Rules rules,
              size_t step)
-    : name_(std::move(name)), layer_(layer), slots_(slots), records_(fd, std::move(parts), std::move(records), step),
-      slot_of_(size_t(records_.count()), -1), expert_in_(size_t(slots), -1), used_(size_t(slots), 0),
-      recall_(records_.count(), std::move(rules)) {}
+    : name_(std::move(name)), layer_(layer), records_(fd, std::move(parts), std::move(records), step),
+      slots_(records_.count(), slots, std::move(rules)) {}
 
 void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
   if (!lent_) throw std::runtime_error(name_ + ": a token was begun before its slots were given back, and computed afterwards");
-  std::vector<Missing> missing;
-  const uint64_t now = ++clock_;
-  for (int i = 0; i < count; i++) {
+  for (int i = 0; i < count; i++)
     if (ids[i] >= uint32_t(experts()))
       throw std::out_of_range(name_ + ": the router chose expert " + std::to_string(int32_t(ids[i])) + "; there are " +
                               std::to_string(experts()));
-    const int slot = slot_of_[ids[i]];
-    if (slot < 0) continue;
-    counts_.hits += used_[size_t(slot)] != now;
-    used_[size_t(slot)] = now;
-  }
-  recall_.see(ids, count);
-  for (int i = 0; i < count; i++) {
-    const int expert = int(ids[i]);
-    if (slot_of_[size_t(expert)] >= 0) continue;
-    const int slot = take(now);
-    slot_of_[size_t(expert)] = slot;
-    expert_in_[size_t(slot)] = expert;
-    used_[size_t(slot)] = now;
-    missing.push_back({expert, slot, Records::NOT_CACHED, {}});
-  }
+  std::vector<int> absent(size_t(count), 0), into(size_t(count), 0);
+  absent.resize(size_t(slots_.place(ids, count, slots, absent.data(), into.data())));
+  std::vector<Missing> missing;
+  for (size_t i = 0; i < absent.size(); i++) missing.push_back({absent[i], into[i], Records::NOT_CACHED, {}});
   if (!missing.empty()) bring(missing, pool);
-  for (int i = 0; i < count; i++) slots[i] = uint32_t(slot_of_[ids[i]]);
-}
-
-// A slot to overwrite, not used `now`: an empty one, or that of the expert that counts least.
-int Shelf::take(uint64_t now) {
-  int victim = -1;
-  for (int s = 0; s < slots_; s++)
-    if (expert_in_[size_t(s)] < 0) return s;
-  const auto& scores = recall_.scores();
-  for (int s = 0; s < slots_; s++)
-    if (used_[size_t(s)] != now && (victim < 0 || goes_before(scores, s, victim))) victim = s;
-  if (victim < 0) throw std::runtime_error(name_ + ": more experts are needed at once than there are slots");
-  slot_of_[size_t(expert_in_[size_t(victim)])] = -1;
-  counts_.evictions++;
-  return victim;
-}
-
-bool Shelf::goes_before(const std::vector<uint64_t>& scores, int slot, int other) const {
-  const int a = expert_in_[size_t(slot)], b = expert_in_[size_t(other)];
-  const uint64_t one = scores[size_t(a)], two = scores[size_t(b)];
-  return one != two ? one < two : a < b;
 }
 
 void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
@@ -94,16 +60,14 @@ void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
   for (Missing& m : missing)
     if (m.outcome == Records::NOT_CACHED) cold.push_back(&m);
   if (!cold.empty()) wait_for(cold);
-  counts_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  slots_.counts.nanoseconds += uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count());
   const Missing* failed = nullptr;
   for (const Missing& m : missing) {
     if (m.outcome == Records::DONE) {
-      counts_.misses++;
-      counts_.bytes += records_[m.expert].size;
+      slots_.filled(records_[m.expert].size);
       continue;
     }
-    slot_of_[size_t(m.expert)] = expert_in_[size_t(m.slot)] = -1;
-    used_[size_t(m.slot)] = 0;
+    slots_.reject(m.expert);
     if (!failed) failed = &m;
   }
   if (failed) report(*failed);
@@ -152,35 +116,15 @@ void Shelf::report(const Missing& missing) const {
   throw std::runtime_error(failure.message);
 }
 
-std::vector<std::pair<int, int>> Shelf::order() {
-  std::vector<std::pair<int, int>> out;
-  for (int s = 0; s < slots_; s++)
-    if (expert_in_[size_t(s)] >= 0) out.emplace_back(expert_in_[size_t(s)], s);
-  const auto& scores = recall_.scores();
-  std::sort(out.begin(), out.end(), [&](auto& a, auto& b) { return goes_before(scores, a.second, b.second); });
-  return out;
-}
-
 void Shelf::arrange(const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& counts, int token,
                     const std::vector<uint32_t>& history, int choices) {
-  recall_.restore(counts, token, history, choices);
+  slots_.arrange(order, counts, token, history, choices);
   lent_ = true;
-  std::fill(slot_of_.begin(), slot_of_.end(), -1);
-  std::fill(expert_in_.begin(), expert_in_.end(), -1);
-  std::fill(used_.begin(), used_.end(), 0);
-  for (auto [expert, slot] : order) {
-    if (expert < 0 || expert >= experts() || slot < 0 || slot >= slots_) throw std::out_of_range("no such expert or slot");
-    slot_of_[size_t(expert)] = slot;
-    expert_in_[size_t(slot)] = expert;
-    used_[size_t(slot)] = ++clock_;
-  }
 }
 
-Shelf::Counts Shelf::take_counts() {
-  Counts out = counts_;
-  counts_ = {};
+Slots::Counts Shelf::take_counts() {
   lent_ = false;
-  return out;
+  return std::exchange(slots_.counts, {});
 }
 
 }  // namespace squizd

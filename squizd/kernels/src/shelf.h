@@ -1,6 +1,6 @@
 // The experts of one layer that are in memory, for a token that is computed without asking Python: which lie in which
-// slot, and how those that are missing are read. The counterpart of runtime/pager.py, with the same rules: `Recall` says who is
-// given up, and every record's XXH64 is checked before its slot counts as filled.
+// slot, and how those that are missing are read. The counterpart of runtime/pager.py, with the same rules: `Slots` says where
+// they go, and every record's XXH64 is checked before its slot counts as filled.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "pool.h"
-#include "recall.h"
 #include "records.h"
+#include "slots.h"
 
 namespace squizd {
 
@@ -24,17 +24,12 @@ class Shelf {
   // failed; `last_failure` tells more.
   void place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool);
 
-  // (expert, slot), next victim first
-  std::vector<std::pair<int, int>> order();
-  const Recall& recall() const { return recall_; }
+  std::vector<std::pair<int, int>> order() { return slots_.order(); }
+  const Recall& recall() const { return slots_.recall(); }
   void arrange(const std::vector<std::pair<int, int>>& order, const std::vector<uint64_t>& counts, int token,
-               const std::vector<uint32_t>& history, int choices);  // the rest as in Recall::restore
+               const std::vector<uint32_t>& history, int choices);  // as in Slots
 
-  struct Counts {
-    uint64_t hits = 0, misses = 0, evictions = 0, bytes = 0;
-    double seconds = 0;
-  };
-  Counts take_counts();
+  Slots::Counts take_counts();
   int experts() const { return records_.count(); }
 
  private:
@@ -43,22 +38,16 @@ class Shelf {
     Records::Outcome outcome = Records::NOT_CACHED;
     std::string error;
   };
-  int take(uint64_t now);
-  bool goes_before(const std::vector<uint64_t>& scores, int slot, int other) const;
   void bring(std::vector<Missing>& missing, Pool& pool);
   void read(Missing& missing, bool wait, int worker);
   void wait_for(const std::vector<Missing*>& cold);
   [[noreturn]] void report(const Missing& missing) const;
 
   std::string name_;
-  int layer_, slots_;
+  int layer_;
   Records records_;
-  std::vector<int> slot_of_, expert_in_;
-  std::vector<uint64_t> used_;  // by slot: the clock of its last use
-  uint64_t clock_ = 0;
-  Recall recall_;
+  Slots slots_;
   bool lent_ = false;  // whether slots are decided here: from `arrange` to `take_counts`
-  Counts counts_;
   std::vector<Records::Buffer> buffers_;  // by worker
 };
 

@@ -78,18 +78,12 @@ EXPORT void squizd_exchange_stop(void* exchange) { static_cast<Exchange*>(exchan
 EXPORT int squizd_exchange_arrange(void* exchange, int index, int count, const int* experts, const int* slots, const uint64_t* counts,
                                    int token, const uint32_t* history, int tokens, int choices) {
   auto& layer = static_cast<Exchange*>(exchange)->layer(index);
+  std::vector<std::pair<int, int>> order;
+  for (int i = 0; i < count; i++) order.emplace_back(experts[i], slots[i]);
   try {
-    layer.recall.restore({counts, counts + layer.slot_of.size()}, token, {history, history + size_t(tokens) * size_t(choices)}, choices);
+    layer.slots.arrange(order, {counts, counts + layer.slots.experts()}, token, {history, history + size_t(tokens) * size_t(choices)}, choices);
   } catch (const std::exception&) {
     return 1;
-  }
-  std::fill(layer.slot_of.begin(), layer.slot_of.end(), -1);
-  std::fill(layer.expert_in.begin(), layer.expert_in.end(), -1);
-  std::fill(layer.used.begin(), layer.used.end(), 0);
-  for (int i = 0; i < count; i++) {
-    if (experts[i] < 0 || experts[i] >= int(layer.slot_of.size()) || slots[i] < 0 || slots[i] >= int(layer.expert_in.size())) return 1;
-    layer.slot_of[size_t(experts[i])] = slots[i];
-    layer.expert_in[size_t(slots[i])] = experts[i];
   }
   return 0;
 }
@@ -98,14 +92,15 @@ EXPORT int squizd_exchange_arrange(void* exchange, int index, int count, const i
 // history, hits, misses, evictions, bytes, nanoseconds (those counters begin anew).
 EXPORT void squizd_exchange_state(void* exchange, int index, int* expert_in, uint64_t* counts, uint32_t* history, uint64_t* numbers) {
   auto& layer = static_cast<Exchange*>(exchange)->layer(index);
-  std::copy(layer.expert_in.begin(), layer.expert_in.end(), expert_in);
-  std::copy(layer.recall.counts().begin(), layer.recall.counts().end(), counts);
-  const auto remembered = layer.recall.history();
+  const Recall& recall = layer.slots.recall();
+  std::copy(layer.slots.expert_in().begin(), layer.slots.expert_in().end(), expert_in);
+  std::copy(recall.counts().begin(), recall.counts().end(), counts);
+  const auto remembered = recall.history();
   std::copy(remembered.begin(), remembered.end(), history);
-  const int choices = layer.recall.choices();
-  const auto& c = layer.counts;
-  const uint64_t out[] = {uint64_t(layer.recall.token()), uint64_t(choices), choices ? remembered.size() / size_t(choices) : 0,
+  const int choices = recall.choices();
+  const auto& c = layer.slots.counts;
+  const uint64_t out[] = {uint64_t(recall.token()), uint64_t(choices), choices ? remembered.size() / size_t(choices) : 0,
                           c.hits, c.misses, c.evictions, c.bytes, c.nanoseconds};
   std::copy(std::begin(out), std::end(out), numbers);
-  layer.counts = {};
+  layer.slots.counts = {};
 }
