@@ -123,13 +123,15 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_o
 
     from .compression import compress as run_compress
     from .compression import plan as run_plan
-    from .guide import Calibration
-    from .runtime.budget import parse_size
 
     amount = {key: options.pop(key) for key in ("windows", "context", "seed")}
     if options["calibration"] is not None:
+        from .guide import Calibration
+
         options["calibration"] = Calibration(options["calibration"], **amount)
     if options["target_size"] is not None:
+        from .runtime.budget import parse_size
+
         options["target_size"] = parse_size(options["target_size"])
     chosen = f"{options['target_bpw']}bpw" if options["target_bpw"] else "plan" if options["plan"] else recipe
     target = output or f"{os.path.basename(os.path.abspath(source))}-{chosen}.squizd"

@@ -51,8 +51,10 @@ ALLOWED = {
     },
     "inventory": {"architecture", "checkpoint", "container", "recipe", "weights"},
     "storing": {"checkpoint", "container", "guide", "hub", "inventory", "streaming"},
+    "choosing": {"allocation", "checkpoint", "guide", "inventory", "planning", "recipe", "workplace"},
+    "filing": {"architecture", "checkpoint", "container", "guide", "inventory", "recipe"},
     "compression": {
-        *("allocation", "architecture", "checkpoint", "container", "guide", "inspection", "inventory", "planning"),
+        *("allocation", "checkpoint", "choosing", "container", "filing", "guide", "inspection", "inventory"),
         *("quantizers", "recipe", "storing", "workplace"),
     },
     "kernels": set(),

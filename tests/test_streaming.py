@@ -130,7 +130,7 @@ def test_killed_between_shards_it_fetches_what_is_missing_and_ends_in_the_same_b
     env = online(hub, tmp_path / "home") | {"SQUIZD_KERNELS": "0"}  # slowly
     cli.process("compress", "org/tiny", "-o", tmp_path / "whole.squizd", env=env).success()
     target = tmp_path / "x.squizd"
-    for share in (0.2, 0.5, 0.8):
+    for share in (0.2, 0.4, 0.6):
         process = cli.start("compress", "org/tiny", "-o", target, env=env)
         partial = Path(f"{target}.partial")
         size = (tmp_path / "whole.squizd").stat().st_size
