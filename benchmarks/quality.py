@@ -111,7 +111,7 @@ def curve(folder: Path) -> str:
         name = f"{facts['variant']} {facts['target']:g}"
         if name not in names:
             names.append(name)
-            results.append(Result(**{field.name: facts[field.name] for field in fields(Result)}))
+            results.append(Result(**{field.name: facts[field.name] for field in fields(Result) if field.name in facts}))
     return report.plot(names, results)
 
 

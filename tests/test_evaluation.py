@@ -138,8 +138,13 @@ def test_command_prints_json_and_writes_a_page_that_needs_nothing(
     (svg,) = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     circles = [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("circle")]
     assert len(circles) == 2
-    assert float(circles[0].attrib["cx"]) > float(circles[1].attrib["cx"])  # more bits
-    assert float(circles[0].attrib["cy"]) > float(circles[1].attrib["cy"])  # less divergence: further down
+    assert float(circles[0].attrib["cx"]) < float(circles[1].attrib["cx"])  # more bits
+    assert float(circles[0].attrib["cy"]) < float(circles[1].attrib["cy"])  # less divergence: further down
+    for row in rows:
+        assert row["file_id"] in html
+        assert f"{row['kld_mean']:.5f} ± {row['kld_mean_error']:.5f}" in html
+    assert rows[0]["text_sha256"] in html
+    assert str(tiny) not in html  # where things lie here is nobody's business
     assert "KL divergence" in cli("eval", files[0], *options).success().out
 
 

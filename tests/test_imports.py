@@ -63,12 +63,13 @@ ALLOWED = {
     "tracing": {"kernels", "runtime"},
     "profiling": {"container", "generation", "repack", "runtime", "tracing"},
     "fitting": {"container", "runtime"},
-    "plotting": {"fitting"},
+    "drawing": set(),
+    "plotting": {"drawing", "fitting"},
     "sides": {"runtime"},
     "trials": {"sides"},
     "measuring": {"backend", "container", "inspection", "runtime", "sides", "trials"},
     "evaluation": {"architecture", "checkpoint", "container", "corpus", "inspection", "runtime", "weights"},
-    "report": {"evaluation"},
+    "report": {"drawing", "evaluation"},
     "cli": {
         *(
             "backend",
