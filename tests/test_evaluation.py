@@ -204,5 +204,6 @@ def test_a_folder_is_read_by_name(tmp_path: Path) -> None:
     found = corpus.read(tmp_path)
     assert found.texts == ("one", "two")
     assert found.size == 16 + 3
+    assert [corpus.first_texts(tmp_path, most) for most in (0, 2, 9)] == [["one"], ["one"], ["one", "two"]]
     (tmp_path / "b.txt").write_text("too")
     assert corpus.read(tmp_path).sha256 != found.sha256

@@ -61,7 +61,7 @@ ALLOWED = {
     "runtime": {"architecture", "backend", "container", "kernels"},
     "generation": {"runtime"},
     "tracing": {"kernels", "runtime"},
-    "profiling": {"container", "generation", "repack", "runtime", "tracing"},
+    "profiling": {"container", "corpus", "generation", "repack", "runtime", "tracing"},
     "fitting": {"container", "runtime"},
     "drawing": set(),
     "plotting": {"drawing", "fitting"},
