@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import squizd
-from squizd import allocation, compression, corpus, planning, report
+from squizd import allocation, choosing, corpus, planning, report
 from squizd.checkpoint import open_checkpoint
 from squizd.evaluation import Result, evaluate
 from squizd.guide import Calibration, prepare
@@ -37,13 +37,13 @@ CALIBRATED = ("weighted", "gptq", "allocated", "random")
 def plans(args: argparse.Namespace, seed: int, target: float) -> dict[str, allocation.Plan]:
     """The allocated plan for a target, and its control."""
     checkpoint = open_checkpoint(args.model)
-    candidates, fixed, parameters = compression.survey(checkpoint)
+    candidates, fixed, parameters = choosing.survey(checkpoint)
     kept = args.out / f"units-{seed}.json"
     if not kept.exists():
         guide = prepare(checkpoint, "gptq", calibration(args, seed), args.out / f"statistics-{seed}.npz")
         units = planning.measure(
             checkpoint, candidates, method="gptq", statistics=guide.statistics,
-            windows=guide.windows[: compression.SENSITIVITY_WINDOWS],
+            windows=guide.windows[: choosing.SENSITIVITY_WINDOWS],
         )  # fmt: skip
         rows = [[u.name, u.parameters, [[o.spec, o.bits, o.loss] for o in u.options]] for u in units]
         kept.write_text(json.dumps(rows))
@@ -111,7 +111,7 @@ def curve(folder: Path) -> str:
         name = f"{facts['variant']} {facts['target']:g}"
         if name not in names:
             names.append(name)
-            results.append(Result(**{field.name: facts[field.name] for field in fields(Result)}))
+            results.append(Result(**{field.name: facts[field.name] for field in fields(Result) if field.name in facts}))
     return report.plot(names, results)
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=[*PLAIN, *CALIBRATED], choices=[*PLAIN, *CALIBRATED])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    candidates, _, _ = compression.survey(open_checkpoint(args.model))
+    candidates, _, _ = choosing.survey(open_checkpoint(args.model))
     args.modules = sorted({c.path.rpartition(".")[0] for c in candidates if c.role == "expert"})
     args.routers = [c.name for c in candidates if c.role == "router"]
     text = corpus.read(args.text)

@@ -25,6 +25,31 @@ BUCKETS = 1 << 16
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a plan is for: one of bits per weight, bytes of the file, and a plan that was saved; or nothing.
+
+    Raises RecipeError for more than one. `save` names a file to write the plan to; with `zstd` compressed bytes count.
+    """
+
+    bits_per_weight: float | None = None
+    file_bytes: int | None = None
+    saved: str | os.PathLike[str] | None = None
+    save: str | os.PathLike[str] | None = None
+    zstd: bool = False
+
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.bits_per_weight, self.file_bytes, self.saved)) > 1:
+            raise RecipeError("a target and a plan, or two targets, contradict each other", hint="give one of them")
+
+    @property
+    def name(self) -> str:
+        """What a file says in place of a recipe's name; "" without a target."""
+        if self.saved is not None:
+            return "plan"
+        return f"{self.bits_per_weight}bpw" if self.bits_per_weight else "size" if self.file_bytes is not None else ""
+
+
+@dataclass(frozen=True)
 class Option:
     """An encoding ("3g64"), the bits it takes with scales and biases, and the divergence it is expected to cost."""
 

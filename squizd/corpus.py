@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,21 +36,40 @@ def read(path: str | os.PathLike[str]) -> Corpus:
     empty, binary (not UTF-8, or with NUL characters) or not as its name says.
     """
     root = Path(path)
-    files = sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES and p.is_file()) if root.is_dir() else [root]
-    if not files:
-        raise TextError(f"{root} holds no text", hint="files ending in " + ", ".join(_SUFFIXES) + " are read")
     digest, size, texts = hashlib.sha256(), 0, list[str]()
-    for file in files:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise TextError(f"{file}: {error.strerror or error}") from error
+    for file, data in _contents(root):
         digest.update(len(data).to_bytes(8, "little") + data)
         size += len(data)
         texts += _texts(file, data)
     if not any(text.strip() for text in texts):
         raise TextError(f"{root} is empty: there is no text in it")
     return Corpus(root.name, tuple(texts), digest.hexdigest(), size)
+
+
+def first_texts(path: str | os.PathLike[str], characters: int) -> list[str]:
+    """The texts of `read` that are not blank, until they have so many characters together."""
+    found, size = list[str](), 0
+    for file, data in _contents(Path(path)):
+        for text in _texts(file, data):
+            if text.strip() and size <= characters:
+                found.append(text)
+                size += len(text)
+        if size > characters:
+            break
+    if not found:
+        raise TextError(f"{path} is empty: there is no text in it")
+    return found
+
+
+def _contents(root: Path) -> Iterator[tuple[Path, bytes]]:
+    files = sorted(p for p in root.rglob("*") if p.suffix in _SUFFIXES and p.is_file()) if root.is_dir() else [root]
+    if not files:
+        raise TextError(f"{root} holds no text", hint="files ending in " + ", ".join(_SUFFIXES) + " are read")
+    for file in files:
+        try:
+            yield file, file.read_bytes()
+        except OSError as error:
+            raise TextError(f"{file}: {error.strerror or error}") from error
 
 
 def _texts(file: Path, data: bytes) -> list[str]:

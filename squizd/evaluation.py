@@ -29,6 +29,7 @@ from mlx_lm.utils import load_tokenizer as load_tokenizer_from
 from . import __version__, inspection
 from .architecture import build, expert_modules, replace_module
 from .checkpoint import open_checkpoint
+from .container import File
 from .container import open as open_file
 from .corpus import Corpus, Encode, leading_windows
 from .corpus import read as read_text
@@ -70,6 +71,15 @@ class Result:
     kld_max: float | None = None
     top1_agreement: float | None = None
     router_agreement: dict[str, float] = field(default_factory=dict)
+    top1_agreement_error: float = 0.0
+    context: int = 0
+    text: str = ""
+    text_sha256: str = ""
+    file_id: str = ""
+    reference_id: str = ""
+    made: str = ""
+    source: str = ""
+    arithmetic: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -187,8 +197,8 @@ class Cache:
     """The reference's outcome on a corpus, computed once and kept in a folder named after what it depends on."""
 
     def __init__(self, reference: str, windows: list[list[int]], folder: Path, progress: Progress) -> None:
-        identity = reference_identity(reference)
-        key = json.dumps([identity, windows, device.arithmetic(), __version__])
+        self.identity = reference_identity(reference)
+        key = json.dumps([self.identity, windows, device.arithmetic(), __version__])
         self.folder = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         self.windows = windows
         if not self.folder.is_dir():
@@ -263,7 +273,7 @@ def evaluate(
     if not isinstance(corpus, Corpus):
         corpus = read_text(corpus)
     with open_file(file) as f:
-        size, file_bytes = inspection.weight_size(f), f.size
+        size, file_bytes, origin = inspection.weight_size(f), f.size, _origin(f)
     windows = leading_windows(corpus, encoder(file), context, texts)
     references = Cache(reference, windows, cache or default_cache(), report) if reference is not None else None
     subject = Subject(file, memory)
@@ -290,21 +300,36 @@ def evaluate(
     finally:
         subject.close()
     loss, loss_error = clustered_mean(losses)
-    facts: dict[str, Any] = {}
-    if klds:
+    facts: dict[str, Any] = {
+        "context": context, "text": corpus.name, "text_sha256": corpus.sha256, "file_id": subject.identity,
+        "arithmetic": device.arithmetic(), **origin,
+    }  # fmt: skip
+    if klds and references is not None:
         kld = np.concatenate(klds)
         mean, mean_error = clustered_mean(klds)
-        facts = {
+        top1, top1_error = clustered_mean(same)
+        facts |= {
             "reference_perplexity": math.exp(clustered_mean(reference_losses)[0]),
             "kld_mean": mean, "kld_mean_error": mean_error, "kld_median": float(np.median(kld)),
             "kld_99": float(np.quantile(kld, 0.99)), "kld_999": float(np.quantile(kld, 0.999)),
-            "kld_max": float(kld.max()), "top1_agreement": clustered_mean(same)[0],
+            "kld_max": float(kld.max()), "top1_agreement": top1, "top1_agreement_error": top1_error,
+            "reference_id": references.identity,
             "router_agreement": {path: float(np.mean(values)) for path, values in shared.items()},
         }  # fmt: skip
     return Result(
         file, reference, size.bits_per_weight, size.parameters, size.stored_bytes, file_bytes, subject.memory_bytes,
         len(windows), sum(map(len, losses)), math.exp(loss), math.exp(loss) * loss_error, **facts,
     )  # fmt: skip
+
+
+def _origin(file: File) -> dict[str, str]:
+    """How a file was made and from what, in words."""
+    facts = inspection.describe(file)
+    recipe, source = facts["recipe"], facts["source"]
+    made = ", ".join(str(recipe[key]) for key in ("name", "quantizer") if recipe.get(key))
+    shards = json.dumps(sorted(f["sha256"] for f in source.get("files", ())))
+    where = f"{source['repo']} at {source['revision']}" if source.get("repo") else "a local folder"
+    return {"made": made, "source": f"{where} (shards {hashlib.sha256(shards.encode()).hexdigest()[:16]})"}
 
 
 def divergence(reference: mx.array, found: mx.array) -> Floats:

@@ -9,18 +9,21 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from . import corpus as corpora
 from .backend import on_cuda
-from .calibration import ExpertInputs, Statistics, calibrate, expert_inputs, windows_of
 from .checkpoint import Checkpoint
 from .container.layout import Encoding
 from .corpus import Corpus
 from .errors import RecipeError, SourceError
 from .quantizers import Quantized, quantize
 from .workplace import Workplace
+
+if TYPE_CHECKING:
+    from .calibration import ExpertInputs, Statistics
 
 Progress = Callable[[int, int], None]
 BATCH_BYTES = 1 << 24  # of one batch of experts' Hessians in float32; GPTQ holds about ten times as much
@@ -146,6 +149,8 @@ def prepare(
         return Guide(method)
     if calibration is None and statistics is None:
         return Guide(method)
+    from .calibration import expert_inputs, windows_of  # and all that runs models, which nothing above needs
+
     text = corpora.read(calibration.text) if calibration else None
     found = _statistics(checkpoint, calibration, text, statistics, progress, work)
     if not (calibration and text):
@@ -163,6 +168,8 @@ def _statistics(
     progress: Progress | None,
     work: Workplace | None,
 ) -> Statistics:
+    from .calibration import Statistics, calibrate
+
     if path is not None and (Path(path).exists() or calibration is None):
         found = Statistics.load(path)
         wanted = (text.sha256, calibration.context, calibration.seed) if text and calibration else None

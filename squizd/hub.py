@@ -5,6 +5,7 @@ Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME as that does. Its erro
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,10 @@ def _errors(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo}: no such folder, and the hub cannot be reached", hint="check the network, or unset HF_HUB_OFFLINE"
         ) from error
     except Exception as error:  # OSError, and what the client's transports (httpx, hf_xet) raise as they please
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"{repo}: download failed: {error.strerror}", hint="free some space and run the same command again"
+            ) from error
         refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
         hint = "check HF_TOKEN" if refused else "run it again; files that are complete are kept"
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,55 +1,42 @@
-"""A `fitting.Fit` as a picture: one SVG without references to anything, alone or inside a page of HTML."""
+"""A `fitting.Fit` as a picture, alone or inside a page of HTML, and as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from pathlib import Path
 
+from .drawing import Chart, linear, page
 from .fitting import Fit
-
-_WIDTH, _HEIGHT, _LEFT, _TOP, _PLOT_WIDTH, _PLOT_HEIGHT = 720, 420, 70, 50, 570, 300
-_COLOURS = ("#1f77b4", "#d62728", "#2ca02c")
 
 
 def draw(fit: Fit, html: bool = False) -> str:
     """Memory against hit rate, and against tokens a second where they were measured."""
     rows = sorted(fit.rows, key=lambda row: row.memory)
-    speeds = [("tokens/s, cold disk", [r.tokens_per_second_cold for r in rows]),
-              ("tokens/s, from cache", [r.tokens_per_second_warm for r in rows])]  # fmt: skip
-    known = [(name, [v for v in values if v is not None]) for name, values in speeds]
-    known = [(name, values) for name, values in known if len(values) == len(rows)]
-    fastest = max((v for _, values in known for v in values), default=1.0)
-    xs = [_x(r.memory, rows[0].memory, rows[-1].memory) for r in rows]
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
-        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="15">{escape(fit.path)}</text>',
-        f'<text x="{_LEFT}" y="38" fill="#555">{escape(fit.explanation)}</text>',
+    known = [
+        (name, [(r.memory, v) for r, v in zip(rows, values, strict=True) if v is not None])
+        for name, values in (
+            ("tokens/s, cold disk", [r.tokens_per_second_cold for r in rows]),
+            ("tokens/s, from cache", [r.tokens_per_second_warm for r in rows]),
+        )
     ]
-    for i in range(5):
-        y = _TOP + _PLOT_HEIGHT - i * _PLOT_HEIGHT / 4
-        parts.append(f'<path d="M{_LEFT} {y:.1f}h{_PLOT_WIDTH}" stroke="#ddd"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{25 * i} %</text>')
-        if known:
-            parts.append(f'<text x="{_LEFT + _PLOT_WIDTH + 8}" y="{y + 4:.1f}">{fastest * i / 4:.3g}</text>')
-    for x, row in zip(xs, rows, strict=True):
-        label = f"{row.memory / 1e9:.3g} GB" if row.memory >= 10**9 else f"{row.memory / 1e6:.3g} MB"
-        parts.append(f'<text x="{x:.1f}" y="{_TOP + _PLOT_HEIGHT + 18}" text-anchor="middle">{label}</text>')
-    lines = [("hit rate", [r.hit_rate for r in rows], 1.0), *((name, values, fastest) for name, values in known)]
-    for i, (name, values, top) in enumerate(lines):
-        points = " ".join(f"{x:.1f},{_TOP + _PLOT_HEIGHT * (1 - v / top):.1f}" for x, v in zip(xs, values, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{_COLOURS[i]}" stroke-width="2"/>')
-        parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{_COLOURS[i]}"/>'
-                  for p in points.split()]  # fmt: skip
-        parts.append(f'<text x="{_LEFT + 160 * i}" y="{_HEIGHT - 14}" fill="{_COLOURS[i]}">{name}</text>')
-    svg = "\n".join([*parts, "</svg>"]) + "\n"
-    page = '<!doctype html>\n<meta charset="utf-8">\n<title>squizd fit</title>\n'
-    return page + svg if html else svg
-
-
-def _x(memory: int, least: int, most: int) -> float:
-    return _LEFT + (_PLOT_WIDTH * (memory - least) / (most - least) if most > least else _PLOT_WIDTH / 2)
+    known = [(name, points) for name, points in known if points]
+    unit, size = ("GB", 1e9) if rows[-1].memory >= 10**9 else ("MB", 1e6)
+    speeds = [v for _, points in known for _, v in points]
+    chart = Chart(
+        linear([r.memory for r in rows], lambda memory: f"{memory / size:g}"),
+        linear([0.0, 1.0], "{:.0%}".format),
+        f"{Path(fit.path).name}: what memory buys",
+        "; ".join(f"{r.memory / size:.3g} {unit}: hit rate {r.hit_rate:.1%}" for r in rows),
+        x_title=f"memory, {unit}",
+        y_title="hit rate: experts found in memory",
+        note=fit.explanation,
+        right=linear(speeds, zero=True) if speeds else None,
+        right_title="tokens a second" if speeds else "",
+    )
+    chart.line([(r.memory, r.hit_rate) for r in rows], "hit rate (left)", 0)
+    for series, (name, points) in enumerate(known, 1):
+        chart.line(points, f"{name} (right)", series, right=True)
+    return page("squizd fit", f'<div class="wide">{chart.svg()}</div>') if html else chart.svg() + "\n"
 
 
 def table(fit: Fit, size: Sequence[str] = ("B", "kB", "MB", "GB")) -> list[str]:

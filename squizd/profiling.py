@@ -7,12 +7,10 @@ from an empty cache. `runtime.profile` is what reads the result.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy.typing as npt
 
 from .container import appendices
 from .container.writer import check_target
+from .corpus import first_texts
 from .errors import RequestError
 from .generation import encode
 from .repack import repack
@@ -35,40 +34,6 @@ _CURVE_TOKENS, _PASSAGE = 4096, 512  # `hits_by_slots` comes from so many tokens
 WINDOW = 1024  # tokens of one text that are run at once; the rest of it begins anew
 _MOST_CHARACTERS = 1 << 26
 _MOST_PAIRS = 1024  # of a layer: every load parses them
-
-
-def read_texts(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The texts of a file, or of all files in a folder by name: `text` of each row of .jsonl, else the whole file.
-
-    Raises RequestError for what is no UTF-8 text or no such row, OSError for what cannot be read.
-    """
-    folder = Path(path)
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
-    for file in files:
-        try:
-            if file.suffix != ".jsonl":
-                yield file.read_text("utf-8")
-                continue
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    row = json.loads(line) if line.strip() else {"text": ""}
-                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                        raise RequestError(f"{file} line {number}: no object with a text")
-                    yield row["text"]
-        except ValueError as error:  # of UTF-8 or JSON
-            raise RequestError(f"{file} is not text: {error}", hint="UTF-8, or .jsonl with rows of text") from error
-
-
-def _collect(path: str | os.PathLike[str]) -> list[str]:
-    """What of `path` is looked at: its texts that are not empty, until they are `_MOST_CHARACTERS`."""
-    texts, size = [], 0
-    for text in read_texts(path):
-        if text.strip():
-            texts.append(text)
-            size += len(text)
-        if size > _MOST_CHARACTERS:
-            break
-    return texts
 
 
 def _passages(
@@ -150,10 +115,11 @@ def profile(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Run up to `tokens` tokens of `text` (see `read_texts`) through the model in `path`, and store the profile.
+    """Run up to `tokens` tokens of `text` (see `corpus.read`) through the model in `path`, and store the profile.
 
     Of many texts there is some of each. Writes `output`, or replaces `path`: the same payload with one PROF
-    appendix. Raises RequestError where there is no text or no expert, and what `load` and `repack` raise.
+    appendix. Raises TextError for what is no text, RequestError where there is no expert, and what `load` and `repack`
+    raise.
     """
     target = os.fspath(path if output is None else output)
     in_place = os.path.exists(target) and os.path.samefile(path, target)
@@ -181,6 +147,7 @@ def make_profile(
     """The decoded content of the appendix, and what is in it."""
     if tokens < 1:
         raise RequestError(f"{tokens} tokens are no text")
+    texts = first_texts(text, _MOST_CHARACTERS)
     model, tokenizer = load(path, memory=memory, context=WINDOW)
     loaded = state(model)
     layers = loaded.file.moe_layers
@@ -193,7 +160,6 @@ def make_profile(
 
     def parts_of() -> Iterator[Sequence[int]]:
         nonlocal done
-        texts = _collect(text)
         for index, part in _passages(texts, lambda t: encode(tokenizer, t), tokens, min(WINDOW, loaded.context)):
             if index not in used:
                 digest.update(texts[index].encode())

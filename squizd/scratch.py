@@ -67,7 +67,7 @@ class Scratch:
                 data, at = data[count:], at + count
         except OSError as error:
             raise OutputError(
-                f"no room for intermediate results: {error.strerror}",
+                f"cannot write intermediate results to {self._folder or tempfile.gettempdir()}: {error.strerror}",
                 hint="free some space and run the same command again",
             ) from error
 

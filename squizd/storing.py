@@ -1,11 +1,14 @@
 """Quantized values into the file: in its order, or as shards of a repository are fetched.
 
-One tensor, or one layer's experts, is evaluated, quantized, written and dropped at a time.
+One tensor, or one layer's experts, is evaluated, quantized and dropped at a time; it is written while the next is
+being quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -20,24 +23,59 @@ from .inventory import Inventory, Item
 from .streaming import by_shard
 
 Progress = Callable[[int, int], None]
+Part = np.ndarray[Any, Any] | None
+Record = tuple[int, list[list[Part]]]  # its number; by tensor codes, scales and biases
+
+
+class _Records:
+    """Records on their way into the file, in a thread of their own; what goes wrong there is raised by the next call.
+
+    `report(done, total)` in bytes is called there too.
+    """
+
+    def __init__(self, writer: Writer, report: Progress) -> None:
+        self.writer, self._report = writer, report
+        self._pool, self._latest = ThreadPoolExecutor(1), Future[None]()
+        report(writer.done_bytes, writer.total_bytes)
+        self._latest.set_result(None)
+
+    def put(self, records: Iterable[Record]) -> None:
+        """Write these when those before them are written, for which this waits: no more are held in memory."""
+        self.wait()
+        self._latest = self._pool.submit(self._write, records)
+
+    def wait(self) -> None:
+        """Until all are written."""
+        self._latest.result()
+
+    def _write(self, records: Iterable[Record]) -> None:
+        for position, parts in records:
+            self.writer.write(parts, position)
+            self._report(self.writer.done_bytes, self.writer.total_bytes)
+
+    def __enter__(self) -> _Records:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._pool.shutdown()
+        if error is None:
+            self.wait()
 
 
 def write(writer: Writer, weights: dict[str, mx.array], job: Inventory, guide: Guide, report: Progress) -> None:
     """Everything, in the order of the file; `report(done, total)` in bytes."""
-    report(writer.done_bytes, writer.total_bytes)
-    for position, item in enumerate(job.residents):
-        _write_resident(writer, position, item, weights, guide)
-        report(writer.done_bytes, writer.total_bytes)
-    for path, first in job.starts().items():
-        guide.approach(path)
-        _write_experts(writer, first, path, job, weights, guide, report)
+    with _Records(writer, report) as records:
+        for position, item in enumerate(job.residents):
+            _write_resident(records, position, item, weights, guide)
+        for path, first in job.starts().items():
+            guide.approach(path)
+            _write_experts(records, first, path, job, weights, guide)
 
 
 def write_by_shard(
     checkpoint: Checkpoint, remote: Remote, writer: Writer, job: Inventory, guide: Guide, report: Progress
 ) -> list[dict[str, Any]]:
     """Everything, as its shards are fetched; returns their hashes."""
-    report(writer.done_bytes, writer.total_bytes)
     units: dict[Hashable, list[str]] = {}
     for position, item in enumerate(job.residents):
         if not writer.has(position):
@@ -45,42 +83,39 @@ def write_by_shard(
     for path, first in job.starts().items():
         if not all(writer.has(first + expert) for expert in range(job.counts[path])):
             units[path] = [name for item in job.experts[path] for name in item.names()]
+    with _Records(writer, report) as records:
 
-    def write(unit: Hashable, weights: dict[str, mx.array]) -> None:
-        if isinstance(unit, int):
-            _write_resident(writer, unit, job.residents[unit], weights, guide)
-        else:
-            path = str(unit)
-            _write_experts(writer, job.starts()[path], path, job, weights, guide, report)
-        report(writer.done_bytes, writer.total_bytes)
+        def write(unit: Hashable, weights: dict[str, mx.array]) -> None:
+            if isinstance(unit, int):
+                _write_resident(records, unit, job.residents[unit], weights, guide)
+            else:
+                _write_experts(records, job.starts()[str(unit)], str(unit), job, weights, guide)
+            records.wait()  # its shards may go
 
-    return by_shard(checkpoint, remote, units, write)
+        return by_shard(checkpoint, remote, units, write)
 
 
-def _write_resident(writer: Writer, position: int, item: Item, weights: dict[str, mx.array], guide: Guide) -> None:
-    if writer.has(position):
+def _write_resident(records: _Records, position: int, item: Item, weights: dict[str, mx.array], guide: Guide) -> None:
+    if records.writer.has(position):
         weights.pop(item.weight, None)
     else:
-        writer.write([_encode(item, weights, guide)], position)
+        records.put([(position, [_encode(item, weights, guide)])])
 
 
 def _write_experts(
-    writer: Writer, first: int, path: str, job: Inventory, weights: dict[str, mx.array], guide: Guide, report: Progress
-) -> None:  # fmt: skip
+    records: _Records, first: int, path: str, job: Inventory, weights: dict[str, mx.array], guide: Guide
+) -> None:
     """The records of one expert module, of which the first is number `first`."""
-    missing = [expert for expert in range(job.counts[path]) if not writer.has(first + expert)]
+    missing = [expert for expert in range(job.counts[path]) if not records.writer.has(first + expert)]
     if missing:
         stacks = [_encode(item, weights, guide) for item in job.experts[path]]
-        for expert in missing:
-            parts = [[part[expert : expert + 1] for part in stack if part is not None] for stack in stacks]
-            writer.write(parts, first + expert)
-            report(writer.done_bytes, writer.total_bytes)
+        records.put((first + e, [[p if p is None else p[e : e + 1] for p in s] for s in stacks]) for e in missing)
     for item in job.experts[path]:
         weights.pop(item.weight, None)
     mx.clear_cache()
 
 
-def _encode(item: Item, weights: dict[str, mx.array], guide: Guide) -> list[np.ndarray[Any, Any] | None]:
+def _encode(item: Item, weights: dict[str, mx.array], guide: Guide) -> list[Part]:
     """Evaluate one tensor into its stored parts, and let go of its source."""
     path = item.weight.rpartition(".")[0]
     parts: list[mx.array | None]

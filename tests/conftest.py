@@ -228,3 +228,23 @@ def contents(path: Path) -> dict[str, Any]:
                 for i in range(x.expert_count)
             },
         }
+
+
+def mount(folder: Path, options: str) -> None:
+    """A file system in memory at `folder`; skips where this user may not."""
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount(folder, "size=1m")
+    except FileNotFoundError:
+        pytest.skip("needs the mount command")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

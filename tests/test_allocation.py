@@ -11,7 +11,7 @@ import pytest
 from conftest import CommandLine
 
 import squizd
-from squizd import compression
+from squizd import choosing
 from squizd.allocation import Option, Plan, Unit, allocate, shuffled
 from squizd.checkpoint import open_checkpoint
 from squizd.errors import RecipeError
@@ -160,7 +160,7 @@ def test_measured_divergence_is_that_of_the_model_with_one_tensor_rounded(tiny: 
 
     checkpoint = open_checkpoint(tiny)
     windows = calibration.windows_of(corpus.read(text), checkpoint, 24, 3, 0)
-    candidates, _, _ = compression.survey(checkpoint)
+    candidates, _, _ = choosing.survey(checkpoint)
     found = divergences(checkpoint, windows, {c.path: c.reference for c in candidates})
     subject = Subject(str(tiny))
 

