@@ -6,7 +6,7 @@ Between the pipeline, which knows tensors and files, and quantizers, which know 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from .checkpoint import Checkpoint
 from .container.layout import Encoding
 from .corpus import Corpus
 from .errors import RecipeError, SourceError
-from .quantizers import Quantized, quantize
+from .quantizers import Quantized, quantize, shifted
+from .single import stored
 from .workplace import Workplace
 
 Progress = Callable[[int, int], None]
@@ -51,7 +52,8 @@ class Guide:
         self.method, self.statistics, self.windows = method, statistics, windows
         self._inputs = inputs
         self._here: ExpertInputs | None = None
-        self._kept: tuple[tuple[str, bool], mx.array, mx.array | None] | None = None
+        self._kept: tuple[tuple[str, bool], list[mx.array], list[mx.array]] | None = None
+        self._stored: dict[str, tuple[Quantized, Encoding]] = {}  # projections of this expert module so far
         self._digest = statistics.digest() if statistics else ""
 
     def digest(self) -> str:
@@ -61,6 +63,7 @@ class Guide:
     def approach(self, module: str) -> None:
         """What follows are tensors of this expert module, or of none that comes before it in the model."""
         self._here = self._kept = None
+        self._stored = {}
         while self._inputs is not None and (self._here is None or self._here.path != module):
             self._here = next(self._inputs)
 
@@ -93,26 +96,55 @@ class Guide:
         return self._with_feedback(projection, w, encoding, self._here)
 
     def _with_feedback(self, projection: str, w: mx.array, encoding: Encoding, inputs: ExpertInputs) -> Quantized:
-        layer, all_of_them = self._hessians(projection, inputs)
-        size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // layer.nbytes)
+        """gptq with each expert's Hessian; the last projection also makes up for what rounding the others does.
+
+        It gets its inputs from them as they are stored, and is fitted to put out what it should have.
+        """
+        layer, kept = self._products(projection, inputs)
+        size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // sum(x.nbytes for x in layer))
         parts = []
         for start in range(0, w.shape[0], size):
             experts = range(start, min(start + size, w.shape[0]))
-            own = inputs.hessians(projection, experts) if all_of_them is None else all_of_them[start : start + size]
-            parts.append(quantize(w[start : start + size], encoding, "gptq", inputs.mixed(own, layer)))
-        return _joined(parts)
+            own = [x[start : start + size] for x in kept] or self._sums(projection, inputs, experts)
+            hessian, *pull = (inputs.mixed(x, whole) for x, whole in zip(own, layer, strict=True))
+            part = w[start : start + size]
+            if pull:
+                part = shifted(part, hessian, pull[0])
+            parts.append(quantize(part, encoding, "gptq", hessian))
+        found = _joined(parts)
+        if projection != inputs.last:
+            self._stored[projection] = found, encoding
+        return found
 
-    def _hessians(self, projection: str, inputs: ExpertInputs) -> tuple[mx.array, mx.array | None]:
-        """The layer's, and all experts' if they are few and small enough to keep for the next projection."""
+    def _sums(self, projection: str, inputs: ExpertInputs, experts: Sequence[int]) -> list[mx.array]:
+        """Sums over some experts' tokens: the Hessians, and for the last projection what pulls at its weights."""
+        if projection == inputs.last and self._stored:
+            return list(inputs.disturbed(experts, stored(inputs.module, self._stored)))
+        return [inputs.hessians(projection, experts)]
+
+    def _products(self, projection: str, inputs: ExpertInputs) -> tuple[list[mx.array], list[mx.array]]:
+        """The layer's sums per unit of gate², and all experts' if they are few and small enough to keep (else none).
+
+        Those of a module's input are kept for the next projection.
+        """
         key = (inputs.path, projection == inputs.last)
         if self._kept is None or self._kept[0] != key:
-            width = inputs.module[projection]["weight"].shape[-1]
-            if inputs.count * width * width * 4 > (KEPT_BYTES_CUDA if on_cuda() else KEPT_BYTES):
-                self._kept = (key, inputs.layer_hessian(projection), None)
+            self._kept = None
+            width, last = inputs.module[projection]["weight"].shape[-1], projection == inputs.last
+            mass = max(inputs.mean_square_gate() * inputs.gates.size, 1e-30)
+            bound = (KEPT_BYTES_CUDA if on_cuda() else KEPT_BYTES) // (2 if last else 1)
+            if inputs.count * width * width * 4 <= bound:
+                all_of_them = self._sums(projection, inputs, range(inputs.count))
+                self._kept = (key, [x.sum(axis=0) / mass for x in all_of_them], all_of_them)
+            elif last:
+                total = [x[0] for x in self._sums(projection, inputs, [0])]
+                for expert in range(1, inputs.count):
+                    more = self._sums(projection, inputs, [expert])
+                    total = [x + y[0] for x, y in zip(total, more, strict=True)]
+                    mx.eval(total)
+                self._kept = (key, [x / mass for x in total], [])
             else:
-                own = inputs.hessians(projection, range(inputs.count))
-                mass = max(inputs.mean_square_gate() * inputs.gates.size, 1e-30)
-                self._kept = (key, own.sum(axis=0) / mass, own)
+                self._kept = (key, [inputs.layer_hessian(projection)], [])
         return self._kept[1], self._kept[2]
 
 

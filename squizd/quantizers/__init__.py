@@ -13,12 +13,12 @@ import mlx.core as mx
 
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
-from squizd.quantizers.gptq import gptq
+from squizd.quantizers.gptq import gptq, shifted
 from squizd.quantizers.minmax import minmax
 from squizd.quantizers.mse import mse
 from squizd.quantizers.packing import DTYPES, FLOAT_DTYPES, Quantized, pack
 
-__all__ = ["METHODS", "Quantized", "pack", "quantize"]
+__all__ = ["METHODS", "Quantized", "pack", "quantize", "shifted"]
 
 METHODS: Final[dict[str, Callable[[mx.array, Encoding, mx.array | None], Quantized]]] = {
     "minmax": minmax,

@@ -101,6 +101,35 @@ def gptq(w: mx.array, encoding: Encoding, hessian: mx.array | None) -> Quantized
     return _stored(codes, grids, order, encoding, w.shape)
 
 
+def shifted(w: mx.array, hessian: mx.array, pull: mx.array) -> mx.array:
+    """Weights that put out for disturbed inputs x, as nearly as can be, what `w` does for the true inputs y.
+
+    The least |w y - w' x|² + damping · |w' - w|², damped as in `gptq`, which then rounds them for the inputs x. (Li et
+    al. 2025, arXiv:2504.02692, take this difference into account column by column.)
+
+    Args:
+        w: weights [..., out, in].
+        hessian: sum over tokens of x xᵀ, [..., in, in].
+        pull: sum over tokens of (y - x) xᵀ, in the same unit.
+
+    Returns:
+        float32, of w's shape, evaluated.
+    """
+    wide, h, p = (np.array(x.astype(mx.float32), copy=False) for x in (w, hessian, pull))
+    found = wide.reshape(-1, *w.shape[-2:]).copy()
+    h, p = h.reshape(-1, *h.shape[-2:]), p.reshape(-1, *p.shape[-2:])
+
+    def solve(i: int) -> None:
+        symmetric = (h[i] + h[i].T).astype(np.float64) * 0.5
+        mean = np.trace(symmetric) / len(symmetric)
+        if mean > 0:
+            symmetric[np.diag_indices(len(symmetric))] += DAMPING * mean
+            found[i] += found[i] @ np.linalg.solve(symmetric, p[i].T.astype(np.float64)).T.astype(np.float32)
+
+    _on_threads(solve, len(found))
+    return mx.array(found).reshape(w.shape)
+
+
 def _damped(h: mx.array) -> mx.array:
     """Symmetric, with mean 1 on the diagonal and `DAMPING` added; the identity where no input was ever seen."""
     h = (h + mx.swapaxes(h, 1, 2)) * 0.5
