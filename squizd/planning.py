@@ -140,8 +140,9 @@ def _losses(
         parts = quantize(w, encoding, "mse", weight)
         losses.append(divergence * left * _error(w, encoding, parts, weight) / exact)
         stored = [p.view(mx.uint16) if p.dtype == mx.bfloat16 else p for p in parts if p is not None]
-        raw = b"".join(np.array(p).tobytes() for p in stored)
-        shares.append(len(frames.compress(raw)) / len(raw))
+        raw = [np.array(p).tobytes() for p in stored]
+        sizes = list(map(len, raw))
+        shares.append(len(frames.compress(b"".join(raw), parts=np.cumsum([0, *sizes[:-1]]).tolist())) / sum(sizes))
     return losses, shares
 
 
