@@ -139,11 +139,20 @@ def _losses(
     for encoding in options:
         parts = quantize(w, encoding, "mse", weight)
         losses.append(divergence * left * _error(w, encoding, parts, weight) / exact)
-        stored = [p.view(mx.uint16) if p.dtype == mx.bfloat16 else p for p in parts if p is not None]
-        raw = [np.array(p).tobytes() for p in stored]
-        sizes = list(map(len, raw))
-        shares.append(len(frames.compress(b"".join(raw), parts=np.cumsum([0, *sizes[:-1]]).tolist())) / sum(sizes))
+        shares.append(_stored_share(parts, c.shape[-2]))
     return losses, shares
+
+
+def _stored_share(parts: Quantized, rows: int) -> float:
+    """What zstd leaves of a byte of records that have `rows` rows of such a tensor each."""
+    stored = [p.view(mx.uint16) if p.dtype == mx.bfloat16 else p for p in parts if p is not None]
+    flat, raw, packed = [np.array(p).reshape(-1, p.shape[-1]) for p in stored], 0, 0
+    for start in range(0, len(flat[0]), rows):
+        pieces = [p[start : start + rows].tobytes() for p in flat]
+        sizes = [len(piece) for piece in pieces]
+        packed += len(frames.compress(b"".join(pieces), parts=np.cumsum([0, *sizes[:-1]]).tolist()))
+        raw += sum(sizes)
+    return packed / raw
 
 
 def _sample(w: mx.array, weight: mx.array | None) -> tuple[mx.array, mx.array | None]:
