@@ -110,7 +110,7 @@ def compress(
         chosen = make_recipe("keep", overrides)
     old_limit = mx.set_cache_limit(1 << 26)
     try:
-        guide = prepare(checkpoint, quantizer, calibration, statistics, preparing, work)
+        guide = prepare(checkpoint, quantizer, calibration, statistics, preparing, work, short=zstd)
         if target_bpw is not None or target_size is not None or plan is not None:
             made = _chosen_plan(checkpoint, guide, target_bpw, target_size, plan, save_plan, zstd, preparing, work)
             name = "plan" if plan is not None else f"{target_bpw}bpw" if target_bpw else "size"

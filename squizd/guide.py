@@ -48,8 +48,9 @@ class Guide:
         statistics: Statistics | None = None,
         windows: list[list[int]] | None = None,
         inputs: Iterator[ExpertInputs] | None = None,
+        short: bool = False,
     ) -> None:
-        self.method, self.statistics, self.windows = method, statistics, windows
+        self.method, self.statistics, self.windows, self._short = method, statistics, windows, short
         self._inputs = inputs
         self._here: ExpertInputs | None = None
         self._kept: tuple[tuple[str, bool], list[mx.array], list[mx.array]] | None = None
@@ -89,9 +90,9 @@ class Guide:
         if self._here is None or self._here.path != module:
             hessian = self.statistics.hessian(path) if self.statistics and self.method == "gptq" else None
             if hessian is None or w.ndim != 2:
-                return quantize(w, encoding, "mse", self.importance(path))
+                return quantize(w, encoding, "mse", self.importance(path), self._short)
             size = max(1, BATCH_BYTES // (4 * w.shape[-1]))
-            return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian))
+            return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian), self._short)
                             for i in range(0, w.shape[0], size)])  # fmt: skip
         return self._with_feedback(projection, w, encoding, self._here)
 
@@ -110,7 +111,7 @@ class Guide:
             part = w[start : start + size]
             if pull:
                 part = shifted(part, hessian, pull[0])
-            parts.append(quantize(part, encoding, "gptq", hessian))
+            parts.append(quantize(part, encoding, "gptq", hessian, self._short))
         found = _joined(parts)
         if projection != inputs.last:
             self._stored[projection] = found, encoding
@@ -161,9 +162,11 @@ def prepare(
     statistics: str | os.PathLike[str] | None,
     progress: Progress | None = None,
     work: Workplace | None = None,
+    short: bool = False,
 ) -> Guide:
     """A guide for `checkpoint`: reads text and statistics, and calibrates if need be.
 
+    With `short` scales and biases get few digits (`quantizers.quantize`) where there is text or statistics.
     `statistics` is read if it is there and belongs to the text, else written; without it they are kept in `work`, for
     the next run with the same text and source. Raises TextError, SourceError, RecipeError for what does not go
     together, OutputError.
@@ -181,10 +184,11 @@ def prepare(
     text = corpora.read(calibration.text) if calibration else None
     found = _statistics(checkpoint, calibration, text, statistics, progress, work)
     if not (calibration and text):
-        return Guide(method, found)
+        return Guide(method, found, short=short)
     windows = windows_of(text, checkpoint, calibration.context, calibration.windows, calibration.seed)
     folder = work.folder if work else None
-    return Guide(method, found, windows, expert_inputs(checkpoint, windows, folder) if method == "gptq" else None)
+    inputs = expert_inputs(checkpoint, windows, folder) if method == "gptq" else None
+    return Guide(method, found, windows, inputs, short)
 
 
 def _statistics(

@@ -114,7 +114,7 @@ def measure(
             weights.pop(c.name, None)
             losses, shares = [0.0], [1.0]
         else:
-            losses, shares = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method)
+            losses, shares = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method, zstd)
         specs = (f"{e.bits}g{e.group_size}" for e in options)
         bits = [bits_of(e, c.shape) for e in options]
         if zstd:
@@ -125,8 +125,9 @@ def measure(
 
 
 def _losses(
-    c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str
-) -> tuple[list[float], list[float]]:
+    c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str,
+    zstd: bool,
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Expected divergence with each option, and what zstd makes of a stored byte."""
     importance = statistics.moments.get(c.path)
     weight = None if importance is None else mx.array(importance)
@@ -137,7 +138,7 @@ def _losses(
     left = statistics.feedback.get(c.path, 1.0) if method == "gptq" else 1.0
     losses, shares = [], []
     for encoding in options:
-        parts = quantize(w, encoding, "mse", weight)
+        parts = quantize(w, encoding, "mse", weight, zstd)
         losses.append(divergence * left * _error(w, encoding, parts, weight) / exact)
         shares.append(_stored_share(parts, c.shape[-2]))
     return losses, shares

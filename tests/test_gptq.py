@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from squizd.container import frames
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
 from squizd.quantizers import quantize, shifted
@@ -196,3 +197,15 @@ def test_shifted_weights_are_the_damped_least_squares_solution() -> None:
         rows, target = np.concatenate([x[i], weight]), np.concatenate([y[i] @ w[i].T, weight @ w[i].T])
         np.testing.assert_allclose(found[i], np.linalg.lstsq(rows, target)[0].T, atol=2e-4)
     np.testing.assert_array_equal(shifted(mx.ones((1, 3, 32)), mx.zeros((1, 32, 32)), mx.zeros((1, 32, 32))), 1)
+
+
+def test_short_grids_cost_little_and_compress_well() -> None:
+    w, h = problem(1, 256, 256)
+    e, left, size = Encoding("affine", "bf16", 3, 64), {}, {}
+    for short in (False, True):
+        parts = quantize(w, e, "gptq", h, short)
+        left[short] = float(output_error(w, decode(parts, e), h)[0])
+        grids = b"".join(np.array(p.view(mx.uint16)).tobytes() for p in parts[1:] if p is not None)
+        size[short] = len(frames.compress(grids, parts=[0, len(grids) // 2]))
+    assert left[True] < 1.1 * left[False]
+    assert size[True] < 0.7 * size[False]
