@@ -3,9 +3,10 @@
     python benchmarks/quality.py --model CHECKPOINT --text eval.jsonl --calibration calibration.jsonl --out FOLDER
 
 For each budget, uniform recipes (experts at the width below it in groups of 128, everything else 6 bits in groups of
-64) with min-max, mse, activation-weighted mse and gptq; then gptq with allocated bits, and with the same bits dealt at
-random among tensors of the same size. What needs calibration runs once per seed. One JSON line per row; rows
-that FOLDER has already are not computed again, so an interrupted run goes on. Files are deleted once evaluated.
+64) with min-max, mse, activation-weighted mse and gptq; then gptq with allocated bits, with the same bits dealt at
+random among tensors of the same size, and with bits allocated and counted as records under zstd take them. What needs
+calibration runs once per seed. One JSON line per row; rows that FOLDER has already are not computed again, so an
+interrupted run goes on. Files are deleted once evaluated.
 At last a table, means over seeds, in Markdown; with --plot also the curve of everything in FOLDER as SVG.
 
     ... --targets 2.5 2.8 3.5 4.5 5.5 6.5 --variants allocated --seeds 0 --plot curve.svg
@@ -31,19 +32,19 @@ from squizd.guide import Calibration, prepare
 
 UNIFORM = {6.5: "6g128", 5.5: "5g128", 4.5: "4g128", 3.5: "3g128", 2.8: "2g128", 2.5: "2g128"}
 PLAIN = ("minmax", "mse")
-CALIBRATED = ("weighted", "gptq", "allocated", "random")
+CALIBRATED = ("weighted", "gptq", "allocated", "random", "zstd")
 
 
-def plans(args: argparse.Namespace, seed: int, target: float) -> dict[str, allocation.Plan]:
-    """The allocated plan for a target, and its control."""
+def plans(args: argparse.Namespace, seed: int, target: float, zstd: bool) -> dict[str, allocation.Plan]:
+    """The allocated plan for a target, and its control; with `zstd` that plan under its name."""
     checkpoint = open_checkpoint(args.model)
     candidates, fixed, parameters = choosing.survey(checkpoint)
-    kept = args.out / f"units-{seed}.json"
+    kept = args.out / f"units-{'zstd-' * zstd}{seed}.json"
     if not kept.exists():
         guide = prepare(checkpoint, "gptq", calibration(args, seed), args.out / f"statistics-{seed}.npz")
         units = planning.measure(
             checkpoint, candidates, method="gptq", statistics=guide.statistics,
-            windows=guide.windows[: choosing.SENSITIVITY_WINDOWS],
+            windows=guide.windows[: choosing.SENSITIVITY_WINDOWS], zstd=zstd,
         )  # fmt: skip
         rows = [[u.name, u.parameters, [[o.spec, o.bits, o.loss] for o in u.options]] for u in units]
         kept.write_text(json.dumps(rows))
@@ -52,6 +53,8 @@ def plans(args: argparse.Namespace, seed: int, target: float) -> dict[str, alloc
         for name, size, options in json.loads(kept.read_text())
     ]
     chosen = allocation.allocate(units, int(target * parameters) - fixed)
+    if zstd:
+        return {"zstd": planning.as_plan(units, chosen, fixed, parameters)}
     dealt = allocation.shuffled(units, chosen, seed)
     return {
         "allocated": planning.as_plan(units, chosen, fixed, parameters),
@@ -77,8 +80,8 @@ def options(args: argparse.Namespace, variant: str, target: float, seed: int) ->
     if variant in ("weighted", "gptq"):
         return {**uniform, **learned, "quantizer": "mse" if variant == "weighted" else "gptq"}
     path = args.out / f"plan-{variant}-{target}-{seed}.json"
-    plans(args, seed, target)[variant].save(path)
-    return {**learned, "quantizer": "gptq", "plan": path}
+    plans(args, seed, target, variant == "zstd")[variant].save(path)
+    return {**learned, "quantizer": "gptq", "plan": path, "zstd": variant == "zstd"}
 
 
 def table(args: argparse.Namespace) -> str:

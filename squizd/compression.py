@@ -109,7 +109,7 @@ def compress(
         from .inventory import lay_out
         from .storing import write, write_by_shard
 
-        guide = prepare(checkpoint, method, calibration, statistics, preparing, work)
+        guide = prepare(checkpoint, method, calibration, statistics, preparing, work, short=zstd)
         if target.name:
             from .choosing import chosen_plan
 

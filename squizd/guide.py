@@ -6,7 +6,7 @@ Between the pipeline, which knows tensors and files, and quantizers, which know 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from .checkpoint import Checkpoint
 from .container.layout import Encoding
 from .corpus import Corpus
 from .errors import RecipeError, SourceError
-from .quantizers import Quantized, quantize
+from .quantizers import Quantized, quantize, shifted
+from .single import stored
 from .workplace import Workplace
 
 if TYPE_CHECKING:
@@ -50,11 +51,13 @@ class Guide:
         statistics: Statistics | None = None,
         windows: list[list[int]] | None = None,
         inputs: Iterator[ExpertInputs] | None = None,
+        short: bool = False,
     ) -> None:
-        self.method, self.statistics, self.windows = method, statistics, windows
+        self.method, self.statistics, self.windows, self._short = method, statistics, windows, short
         self._inputs = inputs
         self._here: ExpertInputs | None = None
-        self._kept: tuple[tuple[str, bool], mx.array, mx.array | None] | None = None
+        self._kept: tuple[tuple[str, bool], list[mx.array], list[mx.array]] | None = None
+        self._stored: dict[str, tuple[Quantized, Encoding]] = {}  # projections of this expert module so far
         self._digest = statistics.digest() if statistics else ""
 
     def digest(self) -> str:
@@ -64,6 +67,7 @@ class Guide:
     def approach(self, module: str) -> None:
         """What follows are tensors of this expert module, or of none that comes before it in the model."""
         self._here = self._kept = None
+        self._stored = {}
         while self._inputs is not None and (self._here is None or self._here.path != module):
             self._here = next(self._inputs)
 
@@ -89,33 +93,62 @@ class Guide:
         if self._here is None or self._here.path != module:
             hessian = self.statistics.hessian(path) if self.statistics and self.method == "gptq" else None
             if hessian is None or w.ndim != 2:
-                return quantize(w, encoding, "mse", self.importance(path))
+                return quantize(w, encoding, "mse", self.importance(path), self._short)
             size = max(1, BATCH_BYTES // (4 * w.shape[-1]))
-            return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian))
+            return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian), self._short)
                             for i in range(0, w.shape[0], size)])  # fmt: skip
         return self._with_feedback(projection, w, encoding, self._here)
 
     def _with_feedback(self, projection: str, w: mx.array, encoding: Encoding, inputs: ExpertInputs) -> Quantized:
-        layer, all_of_them = self._hessians(projection, inputs)
-        size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // layer.nbytes)
+        """gptq with each expert's Hessian; the last projection also makes up for what rounding the others does.
+
+        It gets its inputs from them as they are stored, and is fitted to put out what it should have.
+        """
+        layer, kept = self._products(projection, inputs)
+        size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // sum(x.nbytes for x in layer))
         parts = []
         for start in range(0, w.shape[0], size):
             experts = range(start, min(start + size, w.shape[0]))
-            own = inputs.hessians(projection, experts) if all_of_them is None else all_of_them[start : start + size]
-            parts.append(quantize(w[start : start + size], encoding, "gptq", inputs.mixed(own, layer)))
-        return _joined(parts)
+            own = [x[start : start + size] for x in kept] or self._sums(projection, inputs, experts)
+            hessian, *pull = (inputs.mixed(x, whole) for x, whole in zip(own, layer, strict=True))
+            part = w[start : start + size]
+            if pull:
+                part = shifted(part, hessian, pull[0])
+            parts.append(quantize(part, encoding, "gptq", hessian, self._short))
+        found = _joined(parts)
+        if projection != inputs.last:
+            self._stored[projection] = found, encoding
+        return found
 
-    def _hessians(self, projection: str, inputs: ExpertInputs) -> tuple[mx.array, mx.array | None]:
-        """The layer's, and all experts' if they are few and small enough to keep for the next projection."""
+    def _sums(self, projection: str, inputs: ExpertInputs, experts: Sequence[int]) -> list[mx.array]:
+        """Sums over some experts' tokens: the Hessians, and for the last projection what pulls at its weights."""
+        if projection == inputs.last and self._stored:
+            return list(inputs.disturbed(experts, stored(inputs.module, self._stored)))
+        return [inputs.hessians(projection, experts)]
+
+    def _products(self, projection: str, inputs: ExpertInputs) -> tuple[list[mx.array], list[mx.array]]:
+        """The layer's sums per unit of gate², and all experts' if they are few and small enough to keep (else none).
+
+        Those of a module's input are kept for the next projection.
+        """
         key = (inputs.path, projection == inputs.last)
         if self._kept is None or self._kept[0] != key:
-            width = inputs.module[projection]["weight"].shape[-1]
-            if inputs.count * width * width * 4 > (KEPT_BYTES_CUDA if on_cuda() else KEPT_BYTES):
-                self._kept = (key, inputs.layer_hessian(projection), None)
+            self._kept = None
+            width, last = inputs.module[projection]["weight"].shape[-1], projection == inputs.last
+            mass = max(inputs.mean_square_gate() * inputs.gates.size, 1e-30)
+            bound = (KEPT_BYTES_CUDA if on_cuda() else KEPT_BYTES) // (2 if last else 1)
+            if inputs.count * width * width * 4 <= bound:
+                all_of_them = self._sums(projection, inputs, range(inputs.count))
+                self._kept = (key, [x.sum(axis=0) / mass for x in all_of_them], all_of_them)
+            elif last:
+                total = [x[0] for x in self._sums(projection, inputs, [0])]
+                for expert in range(1, inputs.count):
+                    more = self._sums(projection, inputs, [expert])
+                    total = [x + y[0] for x, y in zip(total, more, strict=True)]
+                    mx.eval(total)
+                self._kept = (key, [x / mass for x in total], [])
             else:
-                own = inputs.hessians(projection, range(inputs.count))
-                mass = max(inputs.mean_square_gate() * inputs.gates.size, 1e-30)
-                self._kept = (key, own.sum(axis=0) / mass, own)
+                self._kept = (key, [inputs.layer_hessian(projection)], [])
         return self._kept[1], self._kept[2]
 
 
@@ -132,9 +165,11 @@ def prepare(
     statistics: str | os.PathLike[str] | None,
     progress: Progress | None = None,
     work: Workplace | None = None,
+    short: bool = False,
 ) -> Guide:
     """A guide for `checkpoint`: reads text and statistics, and calibrates if need be.
 
+    With `short` scales and biases get few digits (`quantizers.quantize`) where there is text or statistics.
     `statistics` is read if it is there and belongs to the text, else written; without it they are kept in `work`, for
     the next run with the same text and source. Raises TextError, SourceError, RecipeError for what does not go
     together, OutputError.
@@ -154,10 +189,11 @@ def prepare(
     text = corpora.read(calibration.text) if calibration else None
     found = _statistics(checkpoint, calibration, text, statistics, progress, work)
     if not (calibration and text):
-        return Guide(method, found)
+        return Guide(method, found, short=short)
     windows = windows_of(text, checkpoint, calibration.context, calibration.windows, calibration.seed)
     folder = work.folder if work else None
-    return Guide(method, found, windows, expert_inputs(checkpoint, windows, folder) if method == "gptq" else None)
+    inputs = expert_inputs(checkpoint, windows, folder) if method == "gptq" else None
+    return Guide(method, found, windows, inputs, short)
 
 
 def _statistics(

@@ -114,7 +114,7 @@ def measure(
             weights.pop(c.name, None)
             losses, shares = [0.0], [1.0]
         else:
-            losses, shares = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method)
+            losses, shares = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method, zstd)
         specs = (f"{e.bits}g{e.group_size}" for e in options)
         bits = [bits_of(e, c.shape) for e in options]
         if zstd:
@@ -125,8 +125,9 @@ def measure(
 
 
 def _losses(
-    c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str
-) -> tuple[list[float], list[float]]:
+    c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str,
+    zstd: bool,
+) -> tuple[list[float], list[float]]:  # fmt: skip
     """Expected divergence with each option, and what zstd makes of a stored byte."""
     importance = statistics.moments.get(c.path)
     weight = None if importance is None else mx.array(importance)
@@ -137,12 +138,22 @@ def _losses(
     left = statistics.feedback.get(c.path, 1.0) if method == "gptq" else 1.0
     losses, shares = [], []
     for encoding in options:
-        parts = quantize(w, encoding, "mse", weight)
+        parts = quantize(w, encoding, "mse", weight, zstd)
         losses.append(divergence * left * _error(w, encoding, parts, weight) / exact)
-        stored = [p.view(mx.uint16) if p.dtype == mx.bfloat16 else p for p in parts if p is not None]
-        raw = b"".join(np.array(p).tobytes() for p in stored)
-        shares.append(len(frames.compress(raw)) / len(raw))
+        shares.append(_stored_share(parts, c.shape[-2]))
     return losses, shares
+
+
+def _stored_share(parts: Quantized, rows: int) -> float:
+    """What zstd leaves of a byte of records that have `rows` rows of such a tensor each."""
+    stored = [p.view(mx.uint16) if p.dtype == mx.bfloat16 else p for p in parts if p is not None]
+    flat, raw, packed = [np.array(p).reshape(-1, p.shape[-1]) for p in stored], 0, 0
+    for start in range(0, len(flat[0]), rows):
+        pieces = [p[start : start + rows].tobytes() for p in flat]
+        sizes = [len(piece) for piece in pieces]
+        packed += len(frames.compress(b"".join(pieces), parts=np.cumsum([0, *sizes[:-1]]).tolist()))
+        raw += sum(sizes)
+    return packed / raw
 
 
 def _sample(w: mx.array, weight: mx.array | None) -> tuple[mx.array, mx.array | None]:

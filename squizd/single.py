@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .architecture import expert_modules
+from .container.layout import Encoding
+from .quantizers import Quantized
 from .runtime import device
 
 
@@ -54,6 +57,19 @@ def alone(module: nn.Module, expert: int) -> nn.Module:
                 one[name][key] = part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part
     device.accelerate(one)
     return one
+
+
+def stored(module: nn.Module, parts: dict[str, tuple[Quantized, Encoding]]) -> nn.Module:
+    """`module` with projections as a file stores them: affine blocks, decoded in float32. All else is shared."""
+    found: nn.Module = copy.copy(module)
+    for name, ((codes, scales, biases), encoding) in parts.items():
+        assert scales is not None
+        assert biases is not None
+        found[name] = copy.copy(module[name])
+        found[name]["weight"] = codes
+        unpack = partial(mx.dequantize, group_size=encoding.group_size, bits=encoding.bits)
+        found[name].changed = Unpacking(scales.astype(mx.float32), biases.astype(mx.float32), unpack)
+    return found
 
 
 def separate(layer: nn.Module) -> None:

@@ -321,6 +321,26 @@ def test_zstd_round_trip(data: bytes, level: int) -> None:
     assert {len(p) for p in pieces[:-1]} <= {64}
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=3000), st.lists(st.integers(0, 3000), min_size=1, max_size=6))
+def test_zstd_round_trip_of_parts(data: bytes, cuts: list[int]) -> None:
+    frame = frames.compress(data, parts=sorted({min(cut, len(data)) for cut in cuts}))
+    assert frames.decompress(frame, len(data)) == data
+
+
+def test_each_part_has_an_entropy_code_of_its_own() -> None:
+    """Stored sizes come near the sum of the parts' own entropies, which one code for all of them cannot."""
+    source = np.random.default_rng(0)
+    codes = np.clip(np.round(source.normal(7.5, 3, (2, 20_000))), 0, 15).astype(np.uint8)
+    scales = source.normal(100, 2, 5_000).round().astype(np.uint8)
+    pieces = [(codes[0] | codes[1] << 4).tobytes(), scales.tobytes()]
+    shares = [np.bincount(np.frombuffer(p, np.uint8)) / len(p) for p in pieces]
+    entropy = sum(-len(p) * (s[s > 0] * np.log2(s[s > 0])).sum() / 8 for p, s in zip(pieces, shares, strict=True))
+    size = len(records.encode(b"".join(pieces), L.ZSTD, [0, len(pieces[0])])[1])
+    assert size < 1.015 * entropy
+    assert len(frames.compress(b"".join(pieces))) > 1.03 * entropy
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_frames_are_rejected_or_right(data: st.DataObject) -> None:

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from squizd.container import frames
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
-from squizd.quantizers import quantize
+from squizd.quantizers import quantize, shifted
 
 module = importlib.import_module("squizd.quantizers.gptq")  # the package has the function under that name
 
@@ -182,3 +183,29 @@ def test_what_it_refuses() -> None:
         quantize(w, e, "gptq", h * float("nan"))
     with pytest.raises(RecipeError, match="affine"):
         quantize(w, Encoding("mxfp4", "bf16", 4, 32), "gptq", h)
+
+
+def test_shifted_weights_are_the_damped_least_squares_solution() -> None:
+    source = np.random.default_rng(3)
+    y = source.normal(size=(2, 300, 32)) * np.exp(source.normal(size=32))
+    x = y + 0.3 * source.normal(size=y.shape) @ source.normal(size=(32, 32)) / 6
+    w = source.normal(size=(2, 5, 32))
+    h, pull = (np.swapaxes(a, 1, 2) @ x for a in (x, y - x))
+    found = shifted(*(mx.array(a.astype(np.float32)) for a in (w, h, pull)))
+    for i in range(2):
+        weight = (module.DAMPING * np.trace(h[i]) / 32) ** 0.5 * np.eye(32)
+        rows, target = np.concatenate([x[i], weight]), np.concatenate([y[i] @ w[i].T, weight @ w[i].T])
+        np.testing.assert_allclose(found[i], np.linalg.lstsq(rows, target)[0].T, atol=2e-4)
+    np.testing.assert_array_equal(shifted(mx.ones((1, 3, 32)), mx.zeros((1, 32, 32)), mx.zeros((1, 32, 32))), 1)
+
+
+def test_short_grids_cost_little_and_compress_well() -> None:
+    w, h = problem(1, 256, 256)
+    e, left, size = Encoding("affine", "bf16", 3, 64), {}, {}
+    for short in (False, True):
+        parts = quantize(w, e, "gptq", h, short)
+        left[short] = float(output_error(w, decode(parts, e), h)[0])
+        grids = b"".join(np.array(p.view(mx.uint16)).tobytes() for p in parts[1:] if p is not None)
+        size[short] = len(frames.compress(grids, parts=[0, len(grids) // 2]))
+    assert left[True] < 1.1 * left[False]
+    assert size[True] < 0.7 * size[False]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from squizd import codecs
 from squizd.container.layout import AFFINE_BITS, AFFINE_GROUPS, FLOATS, MICROSCALING, Encoding, place
 from squizd.errors import RecipeError
-from squizd.quantizers import METHODS, pack, quantize
+from squizd.quantizers import METHODS, pack, packing, quantize
 from squizd.quantizers.packing import DTYPES
 
 mse_module = importlib.import_module("squizd.quantizers.mse")  # the package's `mse` is the function
@@ -413,3 +413,29 @@ def test_impossible_importance(importance: mx.array, message: str) -> None:
 def test_minmax_does_not_ignore_importance_silently() -> None:
     with pytest.raises(RecipeError, match="minmax cannot use importance"):
         quantize(gaussian(4, 64), Encoding("affine", "bf16", 4, 64), "minmax", mx.ones((64,)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_short_grids_have_few_digits_and_the_nearest_codes(
+    bits: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "SHORTENED", 256)  # several pieces
+    source, e = np.random.default_rng(bits), Encoding("affine", dtype, bits, 32)
+    w = mx.array(source.normal(size=(2, 6, 64)).astype(np.float32)) * 0.02
+    found, error = {}, {}
+    for short in (False, True):
+        codes, *grids = quantize(w, e, "mse", short=short)
+        wide = [x.astype(mx.float32) for x in grids if x is not None]
+        decoded = mx.dequantize(codes, *wide, group_size=32, bits=bits)
+        found[short], error[short] = [np.array(x) for x in (decoded, *wide)], float(mx.sum(mx.square(decoded - w)))
+    decoded, scales, biases = found[True]
+    for x, digits in ((scales, max(3, bits)), (biases, max(3, bits) + 1)):
+        mantissa, _ = np.frexp(x.astype(np.float64))
+        steps = mantissa * 2 ** (1 + digits)
+        np.testing.assert_array_equal(steps, np.round(steps))
+    levels = scales[..., None] * np.arange(1 << bits) + biases[..., None]  # [2, 6, groups, levels]
+    wide_w = np.array(w).reshape(2, 6, 2, 32, 1)
+    nearest = np.abs(wide_w - levels[..., None, :]).min(axis=-1)
+    np.testing.assert_allclose(np.abs(decoded.reshape(2, 6, 2, 32) - wide_w[..., 0]), nearest, atol=1e-7)
+    assert error[True] < (1.2 if bits < 8 else 1.6) * error[False]

@@ -6,8 +6,9 @@ window and the caller's buffer, whatever the frame claims.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import xxhash
@@ -192,10 +193,30 @@ def decompress(stored: Bytes, raw_size: int) -> bytes:
         raise FrameError("zstd-corrupt", f"zstd: {error}") from error
 
 
-def compress(raw: Bytes, level: int = 3) -> bytes:
-    """One frame as the spec wants it: size and checksum stated, no dictionary, window of at most 8 MiB."""
+def compress(raw: Bytes, level: int = 3, parts: Sequence[int] = ()) -> bytes:
+    """One frame as the spec wants it: size and checksum stated, no dictionary, window of at most 8 MiB.
+
+    `parts` are where numbers of another kind begin (codes, scales, biases), ascending: each gets blocks of its own,
+    with an entropy code of its own. Numbers hardly repeat, so there the work goes into that code and not into a search.
+    """
+    window, numbers = min(23, max(10, (len(raw) - 1).bit_length())), _NUMBERS if parts else {}
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        level, window_log=min(23, max(10, (len(raw) - 1).bit_length())), write_checksum=1, write_content_size=1
+        1 if parts else level, window_log=window, write_checksum=1, write_content_size=1, **numbers
     )
-    frame: bytes = zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
-    return frame
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    if not parts:
+        frame: bytes = compressor.compress(raw)
+        return frame
+    view, stream = memoryview(raw), compressor.compressobj(size=len(raw))
+    found = []
+    for start, end in pairwise([0, *parts, len(raw)]):
+        if start < end:
+            found += [stream.compress(view[start:end]), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    return b"".join([*found, stream.flush()])
+
+
+# A block of literals is entropy-coded only if that saves 1/64 of it, but 1/128 with the strategies of high levels.
+_NUMBERS = {
+    "strategy": zstandard.STRATEGY_BTULTRA, "search_log": 1, "hash_log": 6, "chain_log": 6, "min_match": 7,
+    "target_length": 1,
+}  # fmt: skip

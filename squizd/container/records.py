@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import xxhash
 
 from . import frames
@@ -27,10 +29,13 @@ def decode(stored: Bytes, record: Record) -> tuple[memoryview, Fault | None]:
         return memoryview(b""), Fault(error.code, record.offset, str(error))
 
 
-def encode(raw: Bytes, codec: int) -> tuple[int, Bytes]:
-    """(codec, stored bytes) of a record: raw where `codec` asks for it, or where zstd saves nothing or too much."""
+def encode(raw: Bytes, codec: int, parts: Sequence[int] = ()) -> tuple[int, Bytes]:
+    """(codec, stored bytes) of a record: raw where `codec` asks for it, or where zstd saves nothing or too much.
+
+    `parts`: as `frames.compress` takes them.
+    """
     if codec == ZSTD:
-        stored = frames.compress(raw)
+        stored = frames.compress(raw, parts=parts)
         if len(stored) < len(raw) <= len(stored) * MAX_ZSTD_RATIO:
             return ZSTD, stored
     return RAW, raw

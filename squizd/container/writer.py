@@ -215,7 +215,8 @@ class Writer:
 
     def _put(self, position: int, raw: bytearray) -> None:
         start, first_expert = self._start(position), len(self.plan.residents)
-        _, stored = records.encode(raw, self.plan.codec)
+        parts = [offset for tensor in self._head.tensors[position][0] for _, offset, _ in tensor.parts]
+        _, stored = records.encode(raw, self.plan.codec, parts)
         self._pwrite(stored, start)
         entries, kind, i = (self._head.residents, L.TENS, position)
         if position >= first_expert:

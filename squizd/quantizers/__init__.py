@@ -13,12 +13,12 @@ import mlx.core as mx
 
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
-from squizd.quantizers.gptq import gptq
+from squizd.quantizers.gptq import gptq, shifted
 from squizd.quantizers.minmax import minmax
 from squizd.quantizers.mse import mse
-from squizd.quantizers.packing import DTYPES, FLOAT_DTYPES, Quantized, pack
+from squizd.quantizers.packing import DTYPES, FLOAT_DTYPES, Quantized, pack, shortened
 
-__all__ = ["METHODS", "Quantized", "pack", "quantize"]
+__all__ = ["METHODS", "Quantized", "pack", "quantize", "shifted"]
 
 METHODS: Final[dict[str, Callable[[mx.array, Encoding, mx.array | None], Quantized]]] = {
     "minmax": minmax,
@@ -27,7 +27,13 @@ METHODS: Final[dict[str, Callable[[mx.array, Encoding, mx.array | None], Quantiz
 }
 
 
-def quantize(w: mx.array, encoding: Encoding, method: str = "minmax", importance: mx.array | None = None) -> Quantized:
+def quantize(
+    w: mx.array,
+    encoding: Encoding,
+    method: str = "minmax",
+    importance: mx.array | None = None,
+    short: bool = False,
+) -> Quantized:
     """Turn weights into what a file stores for them.
 
     Args:
@@ -35,6 +41,7 @@ def quantize(w: mx.array, encoding: Encoding, method: str = "minmax", importance
         encoding: a registered encoding; its group size divides `in`.
         method: a key of `METHODS`. A raw encoding leaves nothing to choose and takes any.
         importance: mse: [in] or [..., in], or None; gptq: the Hessian [..., in, in]; minmax: None.
+        short: mse and gptq: scales and biases in few digits, for records that will be compressed.
 
     Returns:
         codes, scales, biases, evaluated. Affine: uint32 [..., out, in * bits / 32] in MLX's packing, and two
@@ -61,7 +68,12 @@ def quantize(w: mx.array, encoding: Encoding, method: str = "minmax", importance
         raise RecipeError(f"rows of {w.shape[-1]} weights do not divide into groups of {encoding.group_size}")
     if not _all_finite(w):
         raise RecipeError("the weights hold NaN or infinity")
-    codes, scales, biases = METHODS[method](w, encoding, importance)
+    if method == "gptq":
+        codes, scales, biases = gptq(w, encoding, importance, short)
+    else:
+        codes, scales, biases = METHODS[method](w, encoding, importance)
+        if short and method == "mse":
+            codes, scales, biases = shortened(w, (codes, scales, biases), encoding)
     mx.eval(codes, scales, biases)
     if scales is not None and biases is not None:
         span = mx.abs(scales) * ((1 << encoding.bits) - 1)  # in encoding.dtype, as MLX decodes

@@ -32,7 +32,7 @@ from squizd.backend import on_cpu
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
 from squizd.quantizers.mse import Plan, mse
-from squizd.quantizers.packing import DTYPES, Quantized, pack
+from squizd.quantizers.packing import DTYPES, Quantized, pack, short_grids
 
 DAMPING: Final = 0.1  # of the mean square input, added to every one: limits how far weights move to make up for others
 BLOCK: Final = 32  # columns between two matrix products
@@ -48,8 +48,10 @@ class Grids(NamedTuple):
     biases: mx.array
 
 
-def gptq(w: mx.array, encoding: Encoding, hessian: mx.array | None) -> Quantized:
+def gptq(w: mx.array, encoding: Encoding, hessian: mx.array | None, short: bool = False) -> Quantized:
     """Quantize with error feedback.
+
+    With `short` scales and biases have few digits, for an entropy code to gain by (`packing.short_grids`).
 
     Args:
         w: weights [..., out, in], f32, f16 or bf16, finite.
@@ -81,7 +83,7 @@ def gptq(w: mx.array, encoding: Encoding, hessian: mx.array | None) -> Quantized
     del h
     columns = mx.take_along_axis(mx.swapaxes(stack, 1, 2), by_column[:, :, None], axis=1)  # [stack, in, out]
     feedback, cost = _feedback(np.array(ordered, copy=False))
-    codes, grids = _round(columns, feedback, cost, encoding)
+    codes, grids = _round(columns, feedback, cost, encoding, short)
     error = _error(columns, codes, grids, ordered, group)
 
     def offer(new_codes: mx.array, new_grids: Grids) -> None:
@@ -94,11 +96,40 @@ def gptq(w: mx.array, encoding: Encoding, hessian: mx.array | None) -> Quantized
         mx.eval(codes, grids, error)
 
     for _ in range(PASSES):
-        offer(codes, _refit(columns, codes, grids, ordered, encoding))
+        offer(codes, _refit(columns, codes, grids, ordered, encoding, short))
         offer(_descend(columns, codes, grids, ordered, encoding), grids)
     if PASSES:
-        offer(codes, _refit(columns, codes, grids, ordered, encoding))
+        offer(codes, _refit(columns, codes, grids, ordered, encoding, short))
     return _stored(codes, grids, order, encoding, w.shape)
+
+
+def shifted(w: mx.array, hessian: mx.array, pull: mx.array) -> mx.array:
+    """Weights that put out for disturbed inputs x, as nearly as can be, what `w` does for the true inputs y.
+
+    The least |w y - w' x|² + damping · |w' - w|², damped as in `gptq`, which then rounds them for the inputs x. (Li et
+    al. 2025, arXiv:2504.02692, take this difference into account column by column.)
+
+    Args:
+        w: weights [..., out, in].
+        hessian: sum over tokens of x xᵀ, [..., in, in].
+        pull: sum over tokens of (y - x) xᵀ, in the same unit.
+
+    Returns:
+        float32, of w's shape, evaluated.
+    """
+    wide, h, p = (np.array(x.astype(mx.float32), copy=False) for x in (w, hessian, pull))
+    found = wide.reshape(-1, *w.shape[-2:]).copy()
+    h, p = h.reshape(-1, *h.shape[-2:]), p.reshape(-1, *p.shape[-2:])
+
+    def solve(i: int) -> None:
+        symmetric = (h[i] + h[i].T).astype(np.float64) * 0.5
+        mean = np.trace(symmetric) / len(symmetric)
+        if mean > 0:
+            symmetric[np.diag_indices(len(symmetric))] += DAMPING * mean
+            found[i] += found[i] @ np.linalg.solve(symmetric, p[i].T.astype(np.float64)).T.astype(np.float32)
+
+    _on_threads(solve, len(found))
+    return mx.array(found).reshape(w.shape)
 
 
 def _damped(h: mx.array) -> mx.array:
@@ -155,7 +186,9 @@ def _product(a: mx.array, b: mx.array) -> mx.array:
     return mx.array(np.array(a, copy=False) @ np.array(b, copy=False)) if on_cpu() else a @ b
 
 
-def _round(columns: mx.array, feedback: mx.array, cost: mx.array, encoding: Encoding) -> tuple[mx.array, Grids]:
+def _round(
+    columns: mx.array, feedback: mx.array, cost: mx.array, encoding: Encoding, short: bool
+) -> tuple[mx.array, Grids]:
     """Steps 1 and 2 for columns [stack, in, out] in turn. Codes are float32 [stack, in, out]."""
     width, group, top = columns.shape[1], encoding.group_size, float((1 << encoding.bits) - 1)
     codes, errors, scales, biases = list[mx.array](), list[mx.array](), list[mx.array](), list[mx.array]()
@@ -171,6 +204,8 @@ def _round(columns: mx.array, feedback: mx.array, cost: mx.array, encoding: Enco
         assert scale is not None
         assert bias is not None
         scale, bias = scale[..., 0], bias[..., 0]
+        if short:
+            scale, bias = short_grids(scale, bias, top / 2, encoding.bits)
         scales.append(scale)
         biases.append(bias)
         step, offset = (x.astype(mx.float32)[:, None] for x in (scale, bias))
@@ -237,7 +272,7 @@ def _error(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, group:
     return found
 
 
-def _refit(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, encoding: Encoding) -> Grids:
+def _refit(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, encoding: Encoding, short: bool) -> Grids:
     """Step 3: changes of all scales and biases of each row that leave the least output error, for these codes."""
     stack, width, out = columns.shape
     group = encoding.group_size
@@ -266,8 +301,12 @@ def _refit(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, encodi
     _on_threads(solve, stack)
     change = mx.array(solved)
     dtype = DTYPES[encoding.dtype]
-    scales = (grids.scales.astype(mx.float32) + change[:, :groups]).astype(dtype)
-    biases = (grids.biases.astype(mx.float32) + change[:, groups:]).astype(dtype)
+    scales, biases = grids.scales.astype(mx.float32) + change[:, :groups], grids.biases + change[:, groups:]
+    if short:
+        scales, biases = short_grids(
+            scales, biases, mx.mean(codes.reshape(stack, groups, group, out), axis=2), encoding.bits
+        )
+    scales, biases = scales.astype(dtype), biases.astype(dtype)
     finite = mx.isfinite(scales) & mx.isfinite(biases)
     return Grids(mx.where(finite, scales, grids.scales), mx.where(finite, biases, grids.biases))
 
