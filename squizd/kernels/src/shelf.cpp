@@ -9,6 +9,8 @@
 #include <system_error>
 #include <thread>
 
+#include "announcer.h"
+
 namespace squizd {
 namespace {
 
@@ -17,6 +19,11 @@ constexpr int READERS = 4;             // threads that wait for a disk: more tha
 
 std::mutex failure_lock;
 std::deque<Failure> failures;  // the last few: several tokens under way may fail before one is reported
+
+Announcer& announcer() {
+  static Announcer& one = *new Announcer;
+  return one;
+}
 
 }  // namespace
 
@@ -38,7 +45,9 @@ Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::
       slot_of_(size_t(records_.count()), -1), expert_in_(size_t(slots), -1), used_(size_t(slots), 0),
       recall_(records_.count(), std::move(rules)) {}
 
-void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
+Shelf::~Shelf() { announcer().forget(records_, true); }
+
+void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool, const std::function<void()>& meanwhile) {
   if (!lent_) throw std::runtime_error(name_ + ": a token was begun before its slots were given back, and computed afterwards");
   std::vector<Missing> missing;
   const uint64_t now = ++clock_;
@@ -52,6 +61,7 @@ void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
     used_[size_t(slot)] = now;
   }
   recall_.see(ids, count);
+  if (foresight_.chosen(ids, count)) announcer().forget(records_, false);  // from here on it knows better
   for (int i = 0; i < count; i++) {
     const int expert = int(ids[i]);
     if (slot_of_[size_t(expert)] >= 0) continue;
@@ -61,8 +71,20 @@ void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
     used_[size_t(slot)] = now;
     missing.push_back({expert, slot, Records::NOT_CACHED, {}});
   }
-  if (!missing.empty()) bring(missing, pool);
+  if (!missing.empty()) bring(missing, pool, meanwhile);
+  else if (meanwhile) meanwhile();
   for (int i = 0; i < count; i++) slots[i] = uint32_t(slot_of_[ids[i]]);
+}
+
+void Shelf::expect(const uint32_t* ids, int count) {
+  foresight_.guess(
+      ids, count, [&](int expert) { return slot_of_[size_t(expert)] < 0; },
+      [&](int expert) {
+        if (records_.cached(expert)) return false;
+        announcer().add(records_, expert);
+        foresight_.from_disk();
+        return true;
+      });
 }
 
 // A slot to overwrite, not used `now`: an empty one, or that of the expert that counts least.
@@ -85,7 +107,7 @@ bool Shelf::goes_before(const std::vector<uint64_t>& scores, int slot, int other
   return one != two ? one < two : a < b;
 }
 
-void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
+void Shelf::bring(std::vector<Missing>& missing, Pool& pool, const std::function<void()>& meanwhile) {
   const auto began = std::chrono::steady_clock::now();
   // What needs no disk, by the threads that compute; if anything else is missing, it is waited for by others, which sleep.
   buffers_.resize(std::max(buffers_.size(), size_t(std::max(pool.workers(), READERS))));
@@ -93,8 +115,12 @@ void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
   std::vector<Missing*> cold;
   for (Missing& m : missing)
     if (m.outcome == Records::NOT_CACHED) cold.push_back(&m);
-  if (!cold.empty()) wait_for(cold);
+  if (!cold.empty()) {
+    foresight_.from_disk();
+    wait_for(cold, meanwhile);
+  }
   counts_.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  if (cold.empty() && meanwhile) meanwhile();
   const Missing* failed = nullptr;
   for (const Missing& m : missing) {
     if (m.outcome == Records::DONE) {
@@ -114,29 +140,34 @@ void Shelf::read(Missing& m, bool wait, int worker) {
 }
 
 // The system is told ahead what comes: threads that wait for one record each do not keep a disk busy.
-void Shelf::wait_for(const std::vector<Missing*>& cold) {
+void Shelf::wait_for(const std::vector<Missing*>& cold, const std::function<void()>& meanwhile) {
   std::mutex announcing;
   std::atomic<size_t> next{0};
   size_t announced = 0;
   uint64_t ahead = 0;  // bytes announced, and not yet begun to be read
+  auto announce = [&](size_t task) {
+    while (announced < cold.size() && (announced <= task || ahead < AHEAD)) {
+      records_.announce(cold[announced]->expert);
+      ahead += records_[cold[announced++]->expert].size;
+    }
+  };
   auto work = [&](int worker) {
     for (size_t task; (task = next.fetch_add(1)) < cold.size();) {
       {
         std::lock_guard lock(announcing);
-        while (announced < cold.size() && (announced <= task || ahead < AHEAD)) {
-          records_.announce(cold[announced]->expert);
-          ahead += records_[cold[announced++]->expert].size;
-        }
+        announce(task);
         ahead -= records_[cold[task]->expert].size;
       }
       read(*cold[task], true, worker);
     }
   };
+  announce(0);  // what is needed now comes before what `meanwhile` announces
   std::vector<std::thread> others;
   try {
     for (int i = 1; i < std::min(READERS, int(cold.size())); i++) others.emplace_back(work, i);
   } catch (const std::system_error&) {  // as many as there can be
   }
+  if (meanwhile) meanwhile();
   work(0);
   for (std::thread& other : others) other.join();
 }
@@ -180,6 +211,7 @@ Shelf::Counts Shelf::take_counts() {
   Counts out = counts_;
   counts_ = {};
   lent_ = false;
+  announcer().forget(records_, true);
   return out;
 }
 

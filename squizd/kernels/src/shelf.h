@@ -5,9 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
+#include "foresight.h"
 #include "pool.h"
 #include "recall.h"
 #include "records.h"
@@ -19,10 +21,15 @@ class Shelf {
   // `name`: what an error message begins with. `parts` in the order of their offsets.
   Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots, Rules rules,
         size_t step);
+  ~Shelf();
 
   // The slots of the `count` expert ids of one token; reads what is missing. Throws std::runtime_error, with the slots empty whose read
-  // failed; `last_failure` tells more.
-  void place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool);
+  // failed; `last_failure` tells more. `meanwhile` is called once: while a disk is waited for, if one is.
+  void place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool, const std::function<void()>& meanwhile = {});
+
+  // `ids` may be asked for next, the first of them most probably: have the system begin to read what is missing and worth it.
+  void expect(const uint32_t* ids, int count);
+  Foresight& foresight() { return foresight_; }
 
   // (expert, slot), next victim first
   std::vector<std::pair<int, int>> order();
@@ -45,9 +52,9 @@ class Shelf {
   };
   int take(uint64_t now);
   bool goes_before(const std::vector<uint64_t>& scores, int slot, int other) const;
-  void bring(std::vector<Missing>& missing, Pool& pool);
+  void bring(std::vector<Missing>& missing, Pool& pool, const std::function<void()>& meanwhile);
   void read(Missing& missing, bool wait, int worker);
-  void wait_for(const std::vector<Missing*>& cold);
+  void wait_for(const std::vector<Missing*>& cold, const std::function<void()>& meanwhile);
   [[noreturn]] void report(const Missing& missing) const;
 
   std::string name_;
@@ -57,6 +64,7 @@ class Shelf {
   std::vector<uint64_t> used_;  // by slot: the clock of its last use
   uint64_t clock_ = 0;
   Recall recall_;
+  Foresight foresight_;
   bool lent_ = false;  // whether slots are decided here: from `arrange` to `take_counts`
   Counts counts_;
   std::vector<Records::Buffer> buffers_;  // by worker
