@@ -150,11 +150,11 @@ def recalled(tokens: list[list[int]], experts: int) -> list[float]:
         for e in token:
             count[e] += 2 ** (-(now - t) / HALF_LIFE)
     followed, alike = [0.0] * experts, 0.0
-    for s in range(max(0, len(tokens) - MEMORY), now):
-        common = 2 * len(set(tokens[s]) & set(tokens[now]))
-        if s > max(0, len(tokens) - MEMORY):
-            common += len(set(tokens[s - 1]) & set(tokens[now - 1]))
-        weight = max(0, common - 3) ** 4
+    first = max(0, len(tokens) - MEMORY)
+    for s in range(first, now):
+        pairs = [(s - lag, now - lag) for lag in range(3) if s - lag >= first and now - lag >= first]
+        common = sum((3 - (now - t)) * len(set(tokens[u]) & set(tokens[t])) for u, t in pairs)
+        weight = min(64, max(0, common - 6)) ** 4
         alike += weight
         for later in range(1, min(8, now - s) + 1):
             for e in tokens[s + later]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from squizd import kernels
 from squizd.errors import ExpertReadError
 from squizd.kernels import replay
 from squizd.runtime.load import load_model, state
+from squizd.runtime.switch import PagedSwitch
 
 pytestmark = pytest.mark.skipif(bool(kernels.missing()), reason=kernels.missing() or "-")
 
@@ -83,6 +85,109 @@ def test_the_same_experts_are_read(file: Path) -> None:
     assert (got.misses, got.evictions, got.bytes_read) == (want.misses, want.evictions, want.bytes_read)
     assert got.hits - want.hits == layers * QWEN3["num_experts_per_tok"]
     assert got.misses > 20
+
+
+def forget(path: Path) -> None:
+    """Have nothing of the file in the system's cache."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(f.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
+        except OSError:
+            return
+    pytest.skip("this file system keeps what it is told to forget")
+
+
+def shelves(model: nn.Module) -> list[Any]:
+    switches = [m for m in model.modules() if isinstance(m, PagedSwitch)]
+    return [m.slots.shelf for m in sorted(switches, key=lambda m: m.slots.layer.layer)]
+
+
+def test_guesses_change_no_answer_and_no_slot(file: Path) -> None:
+    """They are what the next router says of an earlier residual, and cost nothing while nothing is read from a disk."""
+    models = {when: load_model(file, resident="50%") for when in ("never", "from disk", "always")}
+    found, guesses = {}, {}
+    for when, model in models.items():
+        for shelf in shelves(model):
+            shelf.foresee(when)
+        found[when] = continued(model, 60)
+        guesses[when] = [shelf.take_guesses() for shelf in shelves(model)]
+        assert state(model).stats.misses == state(models["never"]).stats.misses > 20
+    assert same(found["never"], found["always"])
+    assert same(found["never"], found["from disk"])
+    assert guesses["never"] == guesses["from disk"] == [(0, 0, 0, 0)] * 2
+
+    reference, seen = in_float32(make_model(QWEN3)), []
+    first, last = (reference.layers[i] for i in (0, 2))  # those with experts
+
+    class Watched(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def __call__(self, x: mx.array) -> mx.array:
+            seen.append(x)
+            return self.norm(x)
+
+    for layer in (first, last):
+        layer.post_attention_layernorm = Watched(layer.post_attention_layernorm)
+    continued(reference, 60)
+
+    def top(residual: mx.array) -> set[int]:
+        logits = last.mlp.gate(last.post_attention_layernorm.norm(residual))
+        return set(np.argsort(np.array(logits).reshape(-1))[-2:].tolist())
+
+    right = [len(top(a) & top(b)) for a, b in zip(seen[2::2], seen[3::2], strict=True)]  # without the prompt's
+    assert len(right) == 60
+    # The first token is computed twice: as ever, and replayed.
+    assert guesses["always"] == [(0, 0, 0, 0), (2 * 60, sum(right), 0, 0)]
+
+
+def test_what_is_guessed_and_missing_is_announced(file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.squizd"
+    path.write_bytes(file.read_bytes())
+    model = load_model(path, resident="25%")
+    reference = load_model(file, resident="100%")
+    cache, other = make_prompt_cache(model), make_prompt_cache(reference)
+    for prompted, entries in ((model, cache), (reference, other)):
+        mx.eval(prompted(mx.array(TOKENS[None, :8]), cache=entries))
+    before = state(model).stats.misses
+    for at in range(8, 60):
+        state(model).stats  # noqa: B018  (waits for the token before)
+        forget(path)
+        assert same(continued(model, 1, at, cache), continued(reference, 1, at, other))
+    guessed, right, announced, used = shelves(model)[1].take_guesses()
+    assert 2 * 40 < guessed < 2 * 52
+    assert guessed >= right >= used
+    assert 10 < announced < guessed
+    assert 0 < used <= state(model).stats.misses - before
+
+
+def test_guesses_that_are_mostly_wrong_are_not_read(file: Path, tmp_path: Path) -> None:
+    """Each rank is judged by itself, as it goes."""
+    path = tmp_path / "m.squizd"
+    path.write_bytes(file.read_bytes())
+    model = load_model(path, resident="50%")
+    continued(model, 3)  # lends the slots
+    shelf = shelves(model)[0]
+    forget(path)
+
+    def announced(tokens: int, wrong: bool) -> int:
+        shelf.take_guesses()
+        for i in range(tokens):
+            resident = {expert for expert, _ in shelf.order()}
+            first, second, third = [e for e in range(8) if e not in resident][:3]
+            shelf.expect([first, second])
+            shelf.place([first, third if wrong else second])
+            if i % 2:
+                forget(path)
+        return shelf.take_guesses()[2]
+
+    assert announced(64, wrong=True) <= 64 + 16
+    assert announced(20, wrong=True) <= 20
+    announced(100, wrong=False)
+    assert 20 < announced(20, wrong=False) <= 40
 
 
 def test_caches_that_share_memory_stay_apart(file: Path) -> None:

@@ -53,8 +53,23 @@ def run(file: str, prompt: str | None, memory: str | None, resident: str | None,
 
     Example: squizd run qwen3.squizd --memory 6GB -p "Why is the sky blue?"
     """
+    from ..runtime.ahead import announced
+
+    with announced(file, memory, resident):  # before MLX is imported, which takes a second
+        _run(file, prompt, memory, resident, context, o)
+
+
+def _run(
+    file: str,
+    prompt: str | None,
+    memory: str | None,
+    resident: str | None,
+    context: int | None,
+    o: dict[str, Any],
+) -> None:
     need_mlx()
-    from ..generation import Sampling
+    from ..generation import Sampling, Session, needed_context
+    from ..runtime.load import load_tokenizer
 
     sampling = Sampling(o["temp"], o["top_p"], o["top_k"], o["min_p"], o["seed"])
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
@@ -65,21 +80,6 @@ def run(file: str, prompt: str | None, memory: str | None, resident: str | None,
     for text in (prompt or "", o["system"]):
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python could not read
             raise RequestError("the prompt is not UTF-8 text")
-    _run(file, prompt, memory, resident, context, sampling, o)
-
-
-def _run(
-    file: str,
-    prompt: str | None,
-    memory: str | None,
-    resident: str | None,
-    context: int | None,
-    sampling: Sampling,
-    o: dict[str, Any],
-) -> None:
-    from ..generation import Session, needed_context
-    from ..runtime.load import load_tokenizer
-
     tokenizer = load_tokenizer(file)
     chat = tokenizer.has_chat_template if o["chat"] is None else o["chat"]
     system = o["system"] if chat else ""

@@ -19,7 +19,9 @@ ONE: Final = 1 << 32  # what a choice counts at the beginning of a half-life
 STEPS: Final = tuple(round(ONE * 2 ** (i / HALF_LIFE)) for i in range(HALF_LIFE))
 
 # Recall, in whole numbers for the same reason.
-MEMORY: Final = 512  # tokens; twice as many gain 0.001 to 0.002
+MEMORY: Final = 2048  # tokens: subjects come back; see LOG.md
+CHANCE: Final = 6  # so much resemblance is none: two experts in common
+MOST: Final = 64  # keeps sums within 53 bits; reached where a token has over eleven experts
 FOLLOWING: Final = tuple(round(256 * 0.8**d) for d in range(1, 9))  # what comes so many tokens later counts, of 256
 WEIGHT: Final = 25  # choices; what always followed counts as much as so many, times the sum of `FOLLOWING`
 _FOLLOWING: Final = np.array(FOLLOWING, np.float64)
@@ -145,7 +147,8 @@ class Recall(Fading):
     """Fading, and what followed the last times that experts like the present ones were chosen.
 
     Text repeats itself, and so does routing. Of the last MEMORY tokens, those count that resemble the last one: in
-    the experts chosen for them, and half as much in those chosen for the token before. An expert chosen up to 8 tokens
+    the experts chosen for them, two thirds as much in those of the token before, and a third in those of the one before
+    that. An expert chosen up to 8 tokens
     after such a token gains by how alike (to the fourth power) and how soon (`FOLLOWING`), as a share of all
     resemblance.
     Computed only when somebody must go. The kernels' shelves (`recall.cpp`) decide the very same.
@@ -206,17 +209,22 @@ class Recall(Fading):
         choices, last = len(history), history.shape[1] - 1
         if last < 1:
             return None, 0
-        # In the low half twice the experts in common with the last token, in the high half those with the one before.
+        # Ten bits for each: thrice the experts in common with the last token, twice those with the one before, and
+        # those with the one before that.
         common = np.zeros(len(self.counts), np.int32)
-        common[history[:, last]] = 2
-        common[history[:, last - 1]] += 1 << 16
-        both = common.take(history).sum(0, dtype=np.int32)
-        alike = both[:last] & 0xFFFF
-        alike[1:] += both[: last - 1] >> 16
-        weight = np.square(np.square(np.maximum(alike - 3, 0, dtype=np.float64)))  # one expert in common is chance
+        common[history[:, last]] = 3
+        common[history[:, last - 1]] += 2 << 10
+        if last > 1:
+            common[history[:, last - 2]] += 1 << 20
+        shared = common.take(history).sum(0, dtype=np.int32)
+        alike = shared[:last] & 1023
+        alike[1:] += shared[: last - 1] >> 10 & 1023
+        alike[2:] += shared[: max(0, last - 2)] >> 20
+        weight = np.square(np.square(np.clip(alike - CHANCE, 0, MOST, dtype=np.float64)))
         total = int(weight.sum())
         if not total:
             return None, 0
         share = np.convolve(weight, _FOLLOWING)[:last]  # what a choice of the next token, and so on, gains
-        votes = np.bincount(history[:, 1:].reshape(-1), np.tile(share, choices), len(self.counts))
+        where = share.nonzero()[0]
+        votes = np.bincount(history[:, where + 1].reshape(-1), np.tile(share[where], choices), len(self.counts))
         return votes.astype(np.int64), total  # all sums are below 2^53, so exact

@@ -146,6 +146,18 @@ NB_MODULE(_native, m) {
         s.shelf->place(ids.data(), int(ids.size()), slots.data(), *machine().pool);
         return slots;
       })
+      .def("expect", [](HeldShelf& s, const std::vector<uint32_t>& ids) {  // the same
+        if (!valid_ids(ids.data(), int(ids.size()), s.shelf->experts())) throw std::out_of_range("no such expert");
+        s.shelf->expect(ids.data(), int(ids.size()));
+      })
+      .def("foresee", [](HeldShelf& s, const std::string& when) {  // for benchmarks and tests
+        if (when != "never" && when != "from disk" && when != "always") throw std::invalid_argument("never, from disk, or always");
+        s.shelf->foresight().when(when == "never" ? Foresight::NEVER : when == "always" ? Foresight::ALWAYS : Foresight::FROM_DISK);
+      })
+      .def("take_guesses", [](HeldShelf& s) {
+        const Foresight::Counts c = s.shelf->foresight().take_counts();
+        return std::make_tuple(c.guessed, c.right, c.announced, c.used);
+      })
       .def("take_counts", [](HeldShelf& s) {
         const Slots::Counts c = s.shelf->take_counts();
         return std::make_tuple(c.hits, c.misses, c.evictions, c.bytes, double(c.nanoseconds) / 1e9);

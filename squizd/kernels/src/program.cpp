@@ -6,7 +6,6 @@
 #include <atomic>
 #include <limits>
 #include <stdexcept>
-#include <unordered_map>
 #include <unordered_set>
 
 #include "elementary.h"
@@ -79,6 +78,64 @@ Arrays in_order(const array& result) {
   return order;
 }
 
+// By name, as the classes' type information is private to MLX's library.
+bool is(const array& node, const char* operation) { return !strcmp(const_cast<array&>(node).primitive().name(), operation); }
+
+const Placed* as_placed(const array& node) {
+  return node.has_primitive() ? dynamic_cast<const Placed*>(&const_cast<array&>(node).primitive()) : nullptr;
+}
+
+// The operations from a sum (the residual) to the ids that a layer's router chooses; empty if the router depends on more than
+// that one sum. The sum itself comes first.
+Arrays router(const array& placed, const std::unordered_set<uintptr_t>& varies) {
+  Arrays chain;
+  for (array node = placed.inputs()[0];;) {
+    chain.push_back(node);
+    if (!node.has_primitive() || node.status() != array::Status::unscheduled || node.outputs().size() != 1) return {};
+    std::unordered_set<uintptr_t> from;
+    Optional input;
+    for (const array& i : node.inputs())
+      if (varies.count(i.id()) && from.insert(i.id()).second) input = i;
+    if (!input) return {};
+    if (from.size() > 1) break;
+    node = *input;
+  }
+  if (!is(chain.back(), "Add")) return {};
+  std::reverse(chain.begin(), chain.end());
+  return chain;
+}
+
+// By layer of experts: a guess at the next one's choice, made of the residual that this one's router looks at.
+std::unordered_map<uintptr_t, Guess> guesses(const Arrays& order, const std::unordered_set<uintptr_t>& varies) {
+  std::unordered_map<uintptr_t, Guess> found;
+  const array* before = nullptr;
+  Arrays residual;  // and what follows, of the layer before
+  for (const array& node : order) {
+    const Placed* placed = as_placed(node);
+    if (!placed) continue;
+    const Arrays chain = router(node, varies);
+    if (!chain.empty() && !residual.empty() && chain[0].shape() == residual[0].shape() && chain[0].dtype() == residual[0].dtype()) {
+      std::unordered_map<uintptr_t, array> other{{chain[0].id(), residual[0]}};
+      Guess guess{{}, {}, placed->shelf};
+      for (size_t i = 1; i < chain.size(); i++) {
+        Arrays inputs;
+        for (const array& input : chain[i].inputs()) {
+          const auto replaced = other.find(input.id());
+          inputs.push_back(replaced == other.end() ? input : replaced->second);
+        }
+        guess.nodes.emplace_back(chain[i].shape(), chain[i].dtype(), chain[i].primitive_ptr(), std::move(inputs));
+        other.emplace(chain[i].id(), guess.nodes.back());
+      }
+      for (const array& made : guess.nodes)
+        if (is(made, "ArgPartition")) guess.scores = made.inputs()[0];
+      if (guess.scores) found.emplace(before->id(), std::move(guess));
+    }
+    before = &node;
+    residual = chain;
+  }
+  return found;
+}
+
 }  // namespace
 
 array cached(const array& fresh, int index) {
@@ -107,19 +164,46 @@ Program::Program(const array& result, const array& token, const array& position,
     if (!depends) constants.push_back(node);
   }
   mx::eval(constants);
-  std::unordered_map<uintptr_t, array> real{{token.id(), token_}, {position.id(), position_}};
+  Real real{{token.id(), token_}, {position.id(), position_}};
   for (const array& constant : constants) {
     real.emplace(constant.id(), constant);
     kept_.push_back(constant);
   }
-  std::unordered_map<uintptr_t, int> appended;  // which cache an array is
-  for (const array& node : order)
-    if (!real.count(node.id())) emit(node, real, appended);
+  Appended appended;
+  const auto ahead = guesses(order, varies);
+  for (const array& node : order) {
+    if (real.count(node.id())) continue;
+    const auto guess = ahead.find(node.id());
+    emit(node, real, appended, guess == ahead.end() ? Job() : foresee(guess->second, real, appended));
+  }
   result_ = real.at(result.id());
   if (result_.dtype() != mx::float32 || !result_.flags().row_contiguous) throw std::invalid_argument("the result is no row of float32");
 }
 
-void Program::emit(const array& node, std::unordered_map<uintptr_t, array>& real, std::unordered_map<uintptr_t, int>& appended) {
+// A job for the time in which a layer's experts are waited for: guess at those of the next, if that pays, and announce them.
+Job Program::foresee(const Guess& guess, Real& real, Appended& appended) {
+  std::vector<Job> jobs;
+  jobs_.swap(jobs);
+  for (const array& node : guess.nodes) emit(node, real, appended);
+  jobs_.swap(jobs);
+  const array scores = real.at(guess.scores->id());
+  if (scores.dtype() != mx::float32 || !scores.flags().row_contiguous || scores.size() != size_t(guess.shelf->experts()))
+    throw std::invalid_argument("a router's scores are no row of float32");
+  return [jobs = std::move(jobs), shelf = guess.shelf, ids = Ids(real.at(guess.nodes.back().id())), scores = scores.data<float>()] {
+    if (!shelf->foresight().wanted()) return;
+    for (const Job& job : jobs) job();
+    thread_local std::vector<uint32_t> copy, ranked;
+    const uint32_t* chosen = ids.list(copy, shelf->experts(), "expert");
+    ranked.assign(chosen, chosen + ids.count);
+    // Some routers take the least of negated scores: the likeliest is at the same end as all that are chosen.
+    const float* most = std::max_element(scores, scores + shelf->experts());
+    const bool falling = std::find(ranked.begin(), ranked.end(), uint32_t(most - scores)) != ranked.end();
+    std::sort(ranked.begin(), ranked.end(), [&](uint32_t a, uint32_t b) { return falling ? scores[a] > scores[b] : scores[a] < scores[b]; });
+    shelf->expect(ranked.data(), int(ranked.size()));
+  };
+}
+
+void Program::emit(const array& node, Real& real, Appended& appended, Job meanwhile) {
   mx::Primitive& primitive = const_cast<array&>(node).primitive();
   Arrays in, outs;
   bool from_cache = false;
@@ -149,9 +233,9 @@ void Program::emit(const array& node, std::unordered_map<uintptr_t, array>& real
     };
   } else if (auto* place = dynamic_cast<Placed*>(&primitive)) {
     outs[0].set_data(mx::allocator::malloc(outs[0].nbytes()));
-    job = [shelf = place->shelf, ids = Ids(in[0]), to = outs[0].data<uint32_t>()] {
+    job = [shelf = place->shelf, ids = Ids(in[0]), to = outs[0].data<uint32_t>(), meanwhile = std::move(meanwhile)] {
       thread_local std::vector<uint32_t> copy;
-      shelf->place(ids.list(copy, shelf->experts(), "expert"), ids.count, to, *machine().pool);
+      shelf->place(ids.list(copy, shelf->experts(), "expert"), ids.count, to, *machine().pool, meanwhile);
     };
   } else if (attend && from_cache) {
     const auto keys = appended.find(node.inputs()[1].id()), values = appended.find(node.inputs()[2].id());

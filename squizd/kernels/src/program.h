@@ -3,6 +3,7 @@
 #pragma once
 #include <condition_variable>
 #include <mutex>
+#include <unordered_map>
 
 #include "primitives.h"
 #include "shelf.h"
@@ -15,6 +16,13 @@ array cached(const array& fresh, int index);
 array placed(const array& ids, std::shared_ptr<Shelf> shelf);
 // An input of such a graph; what depends on it cannot be evaluated either.
 array placeholder(const mx::Shape& shape, mx::Dtype dtype);
+
+// What the experts of a layer will be, by the same operations as in that layer but on an earlier residual.
+struct Guess {
+  Arrays nodes;  // inputs before outputs; the last are the ids
+  Optional scores;  // by which they are chosen
+  std::shared_ptr<Shelf> shelf;
+};
 
 class Program {
  public:
@@ -39,7 +47,10 @@ class Program {
     const std::shared_ptr<Program> program;
   };
   void run(const void* token, int position, int row, const std::vector<Attend::Cache>& caches, float* result);
-  void emit(const array& node, std::unordered_map<uintptr_t, array>& real, std::unordered_map<uintptr_t, int>& appended);
+  using Real = std::unordered_map<uintptr_t, array>;  // what stands for an array of the graph
+  using Appended = std::unordered_map<uintptr_t, int>;  // which cache an array is
+  void emit(const array& node, Real& real, Appended& appended, Job meanwhile = {});
+  Job foresee(const Guess& guess, Real& real, Appended& appended);
 
   std::mutex running_, counting_;
   std::condition_variable ended_;

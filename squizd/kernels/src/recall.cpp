@@ -4,6 +4,12 @@
 #include <stdexcept>
 
 namespace squizd {
+namespace {
+
+constexpr uint64_t CHANCE = 6;  // so much resemblance is none: two experts in common
+constexpr uint64_t MOST = 64;   // keeps sums within 64 bits; reached where a token has over eleven experts
+
+}  // namespace
 
 Recall::Recall(int experts, Rules rules)
     : rules_(std::move(rules)), counts_(size_t(experts), 0), scores_(size_t(experts), 0), votes_(size_t(experts), 0),
@@ -43,23 +49,27 @@ void Recall::vote() {
   resemblance_ = 0;
   if (last < 1) return;
   const uint32_t* ids = at(tokens_ - count);
-  // Twice the experts in common with the last token in the low half, those with the token before it in the high half.
+  // Ten bits for each: three times the experts in common with the last token, twice those with the one before, and those
+  // with the one before that.
   uint32_t* const common = common_.data();
-  for (int j = 0; j < k; j++) common[ids[last * k + j]] += 2, common[ids[(last - 1) * k + j]] += 1 << 16;
+  for (int j = 0; j < k; j++) common[ids[last * k + j]] += 3, common[ids[(last - 1) * k + j]] += 2 << 10;
+  for (int j = 0; j < k && last > 1; j++) common[ids[(last - 2) * k + j]] += 1 << 20;
   uint64_t* const share = share_.data();  // by token: what an expert chosen there gains
   std::fill_n(share, count, 0);
-  uint32_t before = 0;
+  uint32_t before = 0, earlier = 0;
   for (int s = 0; s < last; s++) {
     uint32_t sum = 0;
     for (int j = 0; j < k; j++) sum += common[ids[s * k + j]];
-    const uint64_t alike = (sum & 0xFFFF) + before;
-    before = sum >> 16;
-    if (alike <= 3) continue;  // one expert in common is chance
-    const uint64_t weight = (alike - 3) * (alike - 3) * (alike - 3) * (alike - 3);
+    const uint64_t alike = (sum & 1023) + (before >> 10 & 1023) + (earlier >> 20);
+    earlier = before;
+    before = sum;
+    if (alike <= CHANCE) continue;
+    const uint64_t over = std::min(alike - CHANCE, MOST), weight = over * over * over * over;
     resemblance_ += weight;
     for (int d = 1; d <= reach && s + d <= last; d++) share[s + d] += weight * rules_.following[size_t(d - 1)];
   }
-  for (int j = 0; j < k; j++) common[ids[last * k + j]] = common[ids[(last - 1) * k + j]] = 0;
+  for (int t = last; t >= 0 && t > last - 3; t--)
+    for (int j = 0; j < k; j++) common[ids[t * k + j]] = 0;
   uint64_t* const votes = votes_.data();
   for (int s = 1; s < count; s++)
     if (const uint64_t gain = share[s])

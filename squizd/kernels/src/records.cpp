@@ -76,6 +76,13 @@ void Records::announce(int index) const {
     posix_fadvise(fd_, off_t(record.offset + at), off_t(std::min<uint64_t>(step_, record.size - at)), POSIX_FADV_WILLNEED);
 }
 
+bool Records::cached(int index) const {
+  const Extent& record = records_[size_t(index)];
+  char last;
+  const iovec piece{&last, 1};
+  return preadv2(fd_, &piece, 1, off_t(record.offset + record.size - 1), RWF_NOWAIT) == 1;
+}
+
 Records::Outcome Records::read(int index, int slot, bool wait, Buffer& buffer, std::string& error) const {
   const Extent& record = records_[size_t(index)];
   if (buffer.size() < staged_) buffer.resize(staged_);

@@ -40,6 +40,9 @@ class Records {
   // Have the system begin to read a record; returns at once.
   void announce(int index) const;
 
+  // Whether the end of a record is in the system's memory; false also where the file system cannot tell.
+  bool cached(int index) const;
+
   const Extent& operator[](int index) const { return records_[size_t(index)]; }
   int count() const { return int(records_.size()); }
 

@@ -10,6 +10,8 @@
 #include <thread>
 #include <utility>
 
+#include "announcer.h"
+
 namespace squizd {
 namespace {
 
@@ -18,6 +20,11 @@ constexpr int READERS = 4;             // threads that wait for a disk: more tha
 
 std::mutex failure_lock;
 std::deque<Failure> failures;  // the last few: several tokens under way may fail before one is reported
+
+Announcer& announcer() {
+  static Announcer& one = *new Announcer;
+  return one;
+}
 
 }  // namespace
 
@@ -38,7 +45,9 @@ Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::
     : name_(std::move(name)), layer_(layer), records_(fd, std::move(parts), std::move(records), step),
       slots_(records_.count(), slots, std::move(rules)) {}
 
-void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
+Shelf::~Shelf() { announcer().forget(records_, true); }
+
+void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool, const std::function<void()>& meanwhile) {
   if (!lent_) throw std::runtime_error(name_ + ": a token was begun before its slots were given back, and computed afterwards");
   for (int i = 0; i < count; i++)
     if (ids[i] >= uint32_t(experts()))
@@ -46,12 +55,25 @@ void Shelf::place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool) {
                               std::to_string(experts()));
   std::vector<int> absent(size_t(count), 0), into(size_t(count), 0);
   absent.resize(size_t(slots_.place(ids, count, slots, absent.data(), into.data())));
+  if (foresight_.chosen(ids, count)) announcer().forget(records_, false);  // from here on it knows better
   std::vector<Missing> missing;
   for (size_t i = 0; i < absent.size(); i++) missing.push_back({absent[i], into[i], Records::NOT_CACHED, {}});
-  if (!missing.empty()) bring(missing, pool);
+  if (!missing.empty()) bring(missing, pool, meanwhile);
+  else if (meanwhile) meanwhile();
 }
 
-void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
+void Shelf::expect(const uint32_t* ids, int count) {
+  foresight_.guess(
+      ids, count, [&](int expert) { return slots_.slot_of(expert) < 0; },
+      [&](int expert) {
+        if (records_.cached(expert)) return false;
+        announcer().add(records_, expert);
+        foresight_.from_disk();
+        return true;
+      });
+}
+
+void Shelf::bring(std::vector<Missing>& missing, Pool& pool, const std::function<void()>& meanwhile) {
   const auto began = std::chrono::steady_clock::now();
   // What needs no disk, by the threads that compute; if anything else is missing, it is waited for by others, which sleep.
   buffers_.resize(std::max(buffers_.size(), size_t(std::max(pool.workers(), READERS))));
@@ -59,8 +81,12 @@ void Shelf::bring(std::vector<Missing>& missing, Pool& pool) {
   std::vector<Missing*> cold;
   for (Missing& m : missing)
     if (m.outcome == Records::NOT_CACHED) cold.push_back(&m);
-  if (!cold.empty()) wait_for(cold);
+  if (!cold.empty()) {
+    foresight_.from_disk();
+    wait_for(cold, meanwhile);
+  }
   slots_.counts.nanoseconds += uint64_t(std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count());
+  if (cold.empty() && meanwhile) meanwhile();
   const Missing* failed = nullptr;
   for (const Missing& m : missing) {
     if (m.outcome == Records::DONE) {
@@ -78,29 +104,34 @@ void Shelf::read(Missing& m, bool wait, int worker) {
 }
 
 // The system is told ahead what comes: threads that wait for one record each do not keep a disk busy.
-void Shelf::wait_for(const std::vector<Missing*>& cold) {
+void Shelf::wait_for(const std::vector<Missing*>& cold, const std::function<void()>& meanwhile) {
   std::mutex announcing;
   std::atomic<size_t> next{0};
   size_t announced = 0;
   uint64_t ahead = 0;  // bytes announced, and not yet begun to be read
+  auto announce = [&](size_t task) {
+    while (announced < cold.size() && (announced <= task || ahead < AHEAD)) {
+      records_.announce(cold[announced]->expert);
+      ahead += records_[cold[announced++]->expert].size;
+    }
+  };
   auto work = [&](int worker) {
     for (size_t task; (task = next.fetch_add(1)) < cold.size();) {
       {
         std::lock_guard lock(announcing);
-        while (announced < cold.size() && (announced <= task || ahead < AHEAD)) {
-          records_.announce(cold[announced]->expert);
-          ahead += records_[cold[announced++]->expert].size;
-        }
+        announce(task);
         ahead -= records_[cold[task]->expert].size;
       }
       read(*cold[task], true, worker);
     }
   };
+  announce(0);  // what is needed now comes before what `meanwhile` announces
   std::vector<std::thread> others;
   try {
     for (int i = 1; i < std::min(READERS, int(cold.size())); i++) others.emplace_back(work, i);
   } catch (const std::system_error&) {  // as many as there can be
   }
+  if (meanwhile) meanwhile();
   work(0);
   for (std::thread& other : others) other.join();
 }
@@ -124,6 +155,7 @@ void Shelf::arrange(const std::vector<std::pair<int, int>>& order, const std::ve
 
 Slots::Counts Shelf::take_counts() {
   lent_ = false;
+  announcer().forget(records_, true);
   return std::exchange(slots_.counts, {});
 }
 

@@ -5,9 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
+#include "foresight.h"
 #include "pool.h"
 #include "records.h"
 #include "slots.h"
@@ -19,10 +21,15 @@ class Shelf {
   // `name`: what an error message begins with. `parts` in the order of their offsets.
   Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots, Rules rules,
         size_t step);
+  ~Shelf();
 
   // The slots of the `count` expert ids of one token; reads what is missing. Throws std::runtime_error, with the slots empty whose read
-  // failed; `last_failure` tells more.
-  void place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool);
+  // failed; `last_failure` tells more. `meanwhile` is called once: while a disk is waited for, if one is.
+  void place(const uint32_t* ids, int count, uint32_t* slots, Pool& pool, const std::function<void()>& meanwhile = {});
+
+  // `ids` may be asked for next, the first of them most probably: have the system begin to read what is missing and worth it.
+  void expect(const uint32_t* ids, int count);
+  Foresight& foresight() { return foresight_; }
 
   std::vector<std::pair<int, int>> order() { return slots_.order(); }
   const Recall& recall() const { return slots_.recall(); }
@@ -38,15 +45,16 @@ class Shelf {
     Records::Outcome outcome = Records::NOT_CACHED;
     std::string error;
   };
-  void bring(std::vector<Missing>& missing, Pool& pool);
+  void bring(std::vector<Missing>& missing, Pool& pool, const std::function<void()>& meanwhile);
   void read(Missing& missing, bool wait, int worker);
-  void wait_for(const std::vector<Missing*>& cold);
+  void wait_for(const std::vector<Missing*>& cold, const std::function<void()>& meanwhile);
   [[noreturn]] void report(const Missing& missing) const;
 
   std::string name_;
   int layer_;
   Records records_;
   Slots slots_;
+  Foresight foresight_;
   bool lent_ = false;  // whether slots are decided here: from `arrange` to `take_counts`
   std::vector<Records::Buffer> buffers_;  // by worker
 };
