@@ -67,7 +67,8 @@ def kill_at_random(command: list[str], output: str, wanted: str, kills: int, usu
             child.kill()
             child.wait()
             found["kills"] += 1
-            found["half_written"] += os.path.exists(output)
+            if os.path.exists(output):  # it was done, and about to leave
+                found["half_written"] += sha256(output) != wanted
             if os.path.exists(output + ".partial"):
                 try:
                     found["accepted"] += squizd.validate(output + ".partial").ok

@@ -28,7 +28,7 @@ def parse_size(value: str | int) -> int:
     """Bytes of "6GB", "700 MB", "1.5GiB", or of a plain number; RequestError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?|)b?\s*", str(value).lower())
     if match is None or isinstance(value, bool):
-        raise RequestError(f"memory {value!r} is not a size", hint="write for example 6GB, 700MB or 1.5GiB")
+        raise RequestError(f"{value!r} is not a size", hint="write for example 6GB, 700MB or 1.5GiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
