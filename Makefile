@@ -34,10 +34,14 @@ test: $(VENV)/installed
 # in the second. Everything else only handles files and numbers as stored, which no kernel touches.
 COMPUTING := $(wildcard tests/test_runtime*.py) $(addprefix tests/test_,caches.py cli.py deferral.py failures.py generation.py kernels.py policy.py profile.py reference.py)
 
+# Most tests keep one core busy: so many processes, each a file at a time. WORKERS=0: all in one.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+
 check: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 	@if $(BIN)/python -c 'from squizd import kernels; raise SystemExit(bool(kernels.missing()))'; then \
-	  echo "SQUIZD_KERNELS=0 python -m pytest $(COMPUTING)"; SQUIZD_KERNELS=0 $(BIN)/python -m pytest $(COMPUTING); fi
+	  echo "SQUIZD_KERNELS=0 python $(PYTEST) $(COMPUTING)"; SQUIZD_KERNELS=0 $(BIN)/python $(PYTEST) $(COMPUTING); fi
 
 lint:
 	$(BIN)/ruff check $(SOURCES)

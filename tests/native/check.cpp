@@ -205,6 +205,7 @@ void check_shelf(Pool& pool, int slots) {
   std::vector<Extent> records;
   for (size_t i = 0; i < EXPERTS; i++) records.push_back({i * RAW, RAW, xxh64(&file[i * RAW], RAW)});
   Shelf shelf("file", fd, 3, parts, records, slots, {{4, 5, 6}, {3, 2, 1}, 5, 8}, 64);
+  shelf.arrange({}, std::vector<uint64_t>(EXPERTS, 0), 0, {}, 0);
 
   auto right = [&](int expert, uint32_t slot) {
     bool good = slot < uint32_t(slots) && !memcmp(&codes[slot * CODES], &file[size_t(expert) * RAW], CODES);
@@ -214,7 +215,20 @@ void check_shelf(Pool& pool, int slots) {
     }
     return good;
   };
+  const uint32_t all[EXPERTS] = {0, 1, 2, 3, 4, 5, 6, 7, 8};
   for (int round = 0; round < 200; round++) {
+    if (round == 100 && slots < EXPERTS) {  // more than there is room for: nothing of it may seem to lie there
+      uint32_t where[EXPERTS];
+      bool refused = false;
+      try {
+        shelf.place(all, slots + 1, where, pool);
+      } catch (const std::length_error&) {
+        refused = true;
+      }
+      bool good = refused;
+      for (auto [expert, slot] : shelf.order()) good = good && right(expert, uint32_t(slot));
+      expect(good, "too many", "-", slots + 1, 0, slots);
+    }
     uint32_t ids[4], where[4];
     const int count = 1 + int(random_bits() % unsigned(slots < 4 ? slots : 4));
     for (int i = 0; i < count; i++) ids[i] = random_bits() % EXPERTS;

@@ -57,7 +57,10 @@ array scalar(mx::Dtype dtype, mx::Shape shape) {
 std::atomic<bool> failed{false};
 void count_anew() {
   if (!failed.load()) return;
-  for (int n = mx::scheduler::n_active_tasks(); n > 0; n--) mx::scheduler::notify_task_completion(mx::default_stream(mx::Device::cpu));
+  const mx::Stream any = mx::default_stream(mx::Device::cpu);
+  int n = mx::scheduler::n_active_tasks();
+  for (; n > 0; n--) mx::scheduler::notify_task_completion(any);
+  for (; n < 0; n++) mx::scheduler::notify_new_task(any);
 }
 
 // Every array that `result` is made of, inputs before outputs.
