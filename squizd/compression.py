@@ -85,8 +85,9 @@ def compress(
     `statistics` names a file to keep what was learned from it, or to take it from. `progress(done, total)` counts
     bytes of the file, `preparing` layers that were calibrated. `target_bpw` (bits per weight) or `target_size` (bytes
     of the file) lets measured divergences choose every tensor's bits and group size, which takes calibration text, and
-    counts what is stored, so `zstd` leaves more bits to choose; `save_plan` writes what was chosen, `plan` does as
-    such a file says. The same source and arguments give the same bytes; an interrupted run leaves `output`.partial (and
+    counts what is stored, so `zstd` leaves more bits to choose (for its sake scales and biases that are fitted to text
+    have few digits); `save_plan` writes what was chosen, `plan` does as such a file says. The same source and arguments
+    give the same bytes; an interrupted run leaves `output`.partial (and
     `output`.work: what it learned from text), and the same call goes on from there. A source that is quantized for MLX
     passes untouched, whatever the recipe. A repository is fetched shard by shard and not kept, unless `keep_source`
     puts it into the hub's cache; so do `zstd` and calibration, which read it in another order or more than once.
