@@ -4,8 +4,8 @@
 
 `squizd run` as a process of its own, from its start to the end of its only token, in turns: as users have it; without
 announcing ahead (`runtime/ahead.py`); without filling slots by the profile (`runtime/warm.py`) either. FILE needs a
-profile (`squizd profile`). "cold": before each run the system's cache of FILE is emptied. Linux only. Seconds, medians, and
-medians of each round's ratio to "neither". Last line: JSON.
+profile (`squizd profile`). "cold": before each run the system's cache of FILE is emptied. Linux only. Seconds, medians,
+and medians of each round's ratio to "neither". Last line: JSON.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     chance = random.Random(0)
-    prompt = " ".join(chance.choice(["river", "city", "war", "engine", "king", "sea", "music"]) for _ in range(options.words))
+    prompt = " ".join(
+        chance.choice(["river", "city", "war", "engine", "king", "sea", "music"]) for _ in range(options.words)
+    )
     with squizd.open(options.file) as file:
         if not file.appendix(b"PROF"):
             raise SystemExit(f"{options.file} has no profile: squizd profile")
