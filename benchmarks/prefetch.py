@@ -3,12 +3,12 @@
     python benchmarks/prefetch.py FILE.squizd [--text eval.jsonl] [--resident 50% 25%] [--rounds 20] [--every 4]
 
 The next layer's own router guesses from the residual that this layer's router looks at (`kernels/src/foresight.h`). The
-same model is loaded once for each side ("never", "from disk": what users have, "always"), and all decode the same text
-(random tokens without `--text`), a few tokens each in turns. So all sides miss the same experts, and their
-logits must be the same bits. "cold": before every `--every` tokens the system's cache of the file is emptied.
-Figures: of the guessed experts those that were chosen; of the missing experts those that were announced; of
-the announced experts those that nobody asked for then; mean wait for reads of a token; tokens a second, medians of rounds; and as ratios to
-"never", medians of each round's. Last line: JSON. Linux, with squizd's kernels.
+same model is loaded once for each side ("never", "from disk": what users have, "always": announced from the cache too),
+and all decode the same text (random tokens without `--text`), a few tokens each in turns. So all sides miss the same
+experts, and their logits must be the same bits. "cold": before every `--every` tokens the system's cache of the file is
+emptied. Figures: of the guessed experts those that were chosen; of the missing experts those that were announced; of
+the announced experts those that nobody asked for then; mean wait for reads of a token; tokens a second, medians of
+rounds, and as ratios to "never", medians of each round's. Last line: JSON. Linux, with squizd's kernels.
 """
 
 from __future__ import annotations
@@ -140,8 +140,9 @@ def main() -> None:
             for name, f in found.items():
                 share = [f"{f[k]:.0%}" if f[k] is not None else "-" for k in ("precision", "foreseen", "useless")]
                 print(
-                    f"  {name:9} {f['tokens_per_second']:8.1f} tokens/s, {f['ratio']:.2f} of never ({f['total_ratio']:.2f}"
-                    f" in all), waited {f['waited_ms']:.2f} ms, CPU {f['cpu_ms']:.2f} ms; right {share[0]}, misses foreseen {share[1]}, useless {share[2]}"
+                    f"  {name:9} {f['tokens_per_second']:8.1f} tokens/s, {f['ratio']:.2f} of never "
+                    f"({f['total_ratio']:.2f} in all), waited {f['waited_ms']:.2f} ms, CPU {f['cpu_ms']:.2f} ms; "
+                    f"right {share[0]}, misses foreseen {share[1]}, useless {share[2]}"
                 )
             result[f"{resident} {temperature}"] = found
         for each in sides.values():

@@ -4,8 +4,8 @@
 
 `squizd run` as a process of its own, from its start to the end of its only token, in turns: as users have it; without
 announcing ahead (`runtime/ahead.py`); without filling slots by the profile (`runtime/warm.py`) either. FILE needs a
-profile (`squizd profile`). "cold": before each run the system's cache of FILE is emptied. Linux only. Seconds, medians, and
-medians of each round's ratio to "neither". Last line: JSON.
+profile (`squizd profile`). "cold": before each run the system's cache of FILE is emptied. Linux only. Seconds, medians,
+and medians of each round's ratio to "neither". Last line: JSON.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 import threading
@@ -87,18 +86,6 @@ def test_the_same_experts_are_read(file: Path) -> None:
     assert got.misses > 20
 
 
-def forget(path: Path) -> None:
-    """Have nothing of the file in the system's cache."""
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            os.preadv(f.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
-        except OSError:
-            return
-    pytest.skip("this file system keeps what it is told to forget")
-
-
 def shelves(model: nn.Module) -> list[Any]:
     switches = [m for m in model.modules() if isinstance(m, PagedSwitch)]
     return [m.slots.shelf for m in sorted(switches, key=lambda m: m.slots.layer.layer)]
@@ -141,53 +128,36 @@ def test_guesses_change_no_answer_and_no_slot(file: Path) -> None:
     right = [len(top(a) & top(b)) for a, b in zip(seen[2::2], seen[3::2], strict=True)]  # without the prompt's
     assert len(right) == 60
     # The first token is computed twice: as ever, and replayed.
-    assert guesses["always"] == [(0, 0, 0, 0), (2 * 60, sum(right), 0, 0)]
+    assert guesses["always"][0] == (0, 0, 0, 0)
+    guessed, hit, announced, used = guesses["always"][1]
+    assert (guessed, hit) == (2 * 60, sum(right))
+    assert guessed > announced > used > 0
 
 
-def test_what_is_guessed_and_missing_is_announced(file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "m.squizd"
-    path.write_bytes(file.read_bytes())
-    model = load_model(path, resident="25%")
-    reference = load_model(file, resident="100%")
-    cache, other = make_prompt_cache(model), make_prompt_cache(reference)
-    for prompted, entries in ((model, cache), (reference, other)):
-        mx.eval(prompted(mx.array(TOKENS[None, :8]), cache=entries))
-    before = state(model).stats.misses
-    for at in range(8, 60):
-        state(model).stats  # noqa: B018  (waits for the token before)
-        forget(path)
-        assert same(continued(model, 1, at, cache), continued(reference, 1, at, other))
-    guessed, right, announced, used = shelves(model)[1].take_guesses()
-    assert 2 * 40 < guessed < 2 * 52
-    assert guessed >= right >= used
-    assert 10 < announced < guessed
-    assert 0 < used <= state(model).stats.misses - before
-
-
-def test_guesses_that_are_mostly_wrong_are_not_read(file: Path, tmp_path: Path) -> None:
+def test_guesses_that_are_mostly_wrong_are_not_read(file: Path) -> None:
     """Each rank is judged by itself, as it goes."""
-    path = tmp_path / "m.squizd"
-    path.write_bytes(file.read_bytes())
-    model = load_model(path, resident="50%")
+    model = load_model(file, resident="50%")
     continued(model, 3)  # lends the slots
     shelf = shelves(model)[0]
-    forget(path)
+    shelf.foresee("always")
 
     def announced(tokens: int, wrong: bool) -> int:
         shelf.take_guesses()
-        for i in range(tokens):
+        for _ in range(tokens):
             resident = {expert for expert, _ in shelf.order()}
             first, second, third = [e for e in range(8) if e not in resident][:3]
-            shelf.expect([first, second])
+            shelf.expect([first, second, *resident][:4])
             shelf.place([first, third if wrong else second])
-            if i % 2:
-                forget(path)
-        return shelf.take_guesses()[2]
+        guessed, right, sent, used = shelf.take_guesses()
+        assert guessed == 4 * tokens
+        assert right >= used >= tokens
+        return int(sent)
 
-    assert announced(64, wrong=True) <= 64 + 16
-    assert announced(20, wrong=True) <= 20
+    assert 64 <= announced(64, wrong=True) <= 64 + 16
+    assert announced(20, wrong=True) == 20
     announced(100, wrong=False)
-    assert 20 < announced(20, wrong=False) <= 40
+    assert announced(20, wrong=False) == 40
+    shelf.take_counts()  # as when slots are given back: nothing is announced any more
 
 
 def test_caches_that_share_memory_stay_apart(file: Path) -> None:

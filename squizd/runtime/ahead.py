@@ -1,8 +1,9 @@
-"""What a model will need first, announced to the system before there is a model. No MLX: this begins before MLX is imported.
+"""What a model will need first, announced to the system before there is a model. No MLX: it is not imported yet.
 
-Importing, building the tokenizer and tokenizing the prompt take a second or more, in which a disk would rest; and how many
-slots there will be is not known until then. So the system is told what will be read, in file order: what is always
-in use, and the experts that a profile says are used most. `warm` brings those into slots later. No answer depends on it.
+Importing MLX, building the tokenizer and tokenizing the prompt take a second or more, in which a disk would rest; how
+many slots there will be is not known until then. So the system is told what will be read, in file order: what is always
+in use, and the experts that a profile says are used most. `warm` brings those into slots later. No answer depends on
+it.
 """
 
 from __future__ import annotations

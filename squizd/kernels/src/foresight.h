@@ -12,9 +12,10 @@ namespace squizd {
 
 class Foresight {
  public:
-  enum When { NEVER, FROM_DISK, ALWAYS };  // FROM_DISK: while reads wait for a disk now and then, and where guesses are often right
+  enum When { NEVER, FROM_DISK, ALWAYS };  // FROM_DISK: while reads wait for a disk now and then
 
   void when(When when) { when_ = when; }
+  When when() const { return when_; }
   bool wanted() const { return when_ == ALWAYS || (when_ == FROM_DISK && warm_ < PATIENCE); }
 
   // The guess for the next token: `ids`, likeliest first. `missing(id)`: whether it would have to be read. `announce(id)` has it
@@ -25,7 +26,7 @@ class Foresight {
     if (trust_.size() < size_t(count)) trust_.resize(size_t(count));
     for (int i = 0; i < count; i++) {
       const bool absent = missing(int(ids[i]));
-      guessed_.push_back({ids[i], absent, absent && (when_ == ALWAYS || trust_[size_t(i)].worth()) && announce(int(ids[i]))});
+      guessed_.push_back({ids[i], absent, absent && trust_[size_t(i)].worth() && announce(int(ids[i]))});
     }
   }
 

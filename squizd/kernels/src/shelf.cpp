@@ -66,7 +66,7 @@ void Shelf::expect(const uint32_t* ids, int count) {
   foresight_.guess(
       ids, count, [&](int expert) { return slots_.slot_of(expert) < 0; },
       [&](int expert) {
-        if (records_.cached(expert)) return false;
+        if (foresight_.when() != Foresight::ALWAYS && records_.cached(expert)) return false;
         announcer().add(records_, expert);
         foresight_.from_disk();
         return true;
