@@ -2,8 +2,8 @@
 
     python benchmarks/chunks.py FILE.squizd [--resident 25%] [--prompt 2000] [--chunks 512] [--rounds 3]
 
-One loaded model; chunks in turns, the system's cache warm; experts stay as the round before left them. Seconds are
-medians, and medians of each round's ratio to the budget's own chunk; experts read, and MLX's peak besides what was loaded. Last
+One loaded model; chunks in turns, the system's cache warm; experts stay as the round before left them. Seconds: median,
+and medians of each round's ratio to the budget's own chunk; experts read, and MLX's peak besides what was loaded. Last
 line: JSON.
 """
 
