@@ -1,11 +1,11 @@
-"""Time to the first token of a whole command, with and without what is read before the model asks for it.
+"""Time to the first token of a whole command, with and without a warm start.
 
     python benchmarks/start.py FILE.squizd [--resident 50% 25%] [--words 30] [--rounds 5]
 
-`squizd run` as a process of its own, from its start to the end of its only token, in turns: as users have it; without
-announcing ahead (`runtime/ahead.py`); without filling slots by the profile (`runtime/warm.py`) either. FILE needs a
-profile (`squizd profile`). "cold": before each run the system's cache of FILE is emptied. Linux only. Seconds, medians,
-and medians of each round's ratio to "neither". Last line: JSON.
+`squizd run` as a process of its own, from its start to the end of its only token, in turns: as users have it, and
+without filling slots by the profile (`runtime/warm.py`). FILE needs a profile (`squizd profile`). "cold": before each
+run the system's cache of FILE's experts is emptied. Linux only. Seconds, medians, and medians of each round's ratio.
+Last line: JSON.
 """
 
 from __future__ import annotations
@@ -24,15 +24,10 @@ from cold import drop
 
 import squizd
 
-SIDES = {
-    "neither": "ahead.first_needed = lambda *_: []; load._warm = lambda *_: None",
-    "warm start": "ahead.first_needed = lambda *_: []",
-    "announced": "load._warm = lambda *_: None",
-    "both": "pass",
-}
+SIDES = {"without": "load._warm = lambda *_: None", "with": "pass"}
 # `load` is imported late, as in the command itself: whatever must differ there is put in place by an import hook.
 CODE = """
-import sys, squizd.runtime.ahead as ahead
+import sys
 class Hook:
     def find_spec(self, name, path=None, target=None):
         if name == "squizd.generation":
@@ -79,10 +74,10 @@ def main() -> None:
                         if temperature == "cold":
                             drop(file.fileno(), records)
                         found[side].append(seconds(side, options.file, resident, prompt))
-                print(f"\n{resident} resident, {temperature}: seconds, median (least to most); of neither's")
+                print(f"\n{resident} resident, {temperature}: seconds, median (least to most); of that without")
                 for side, values in found.items():
                     middle = statistics.median(values)
-                    ratio = statistics.median(a / b for a, b in zip(values, found["neither"], strict=True))
+                    ratio = statistics.median(a / b for a, b in zip(values, found["without"], strict=True))
                     print(f"  {side:12} {middle:6.2f} ({min(values):.2f} to {max(values):.2f})  {ratio:.2f}")
                     result[f"{resident} {temperature} {side}"] = {"seconds": round(middle, 3), "ratio": round(ratio, 3)}
     print(json.dumps(result))

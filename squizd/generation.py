@@ -22,7 +22,6 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import ContextError, ReadError, RequestError
-from .runtime.ahead import announced
 from .runtime.caches import GROUP_SIZE
 from .runtime.device import trim
 from .runtime.load import Residency, load_model, load_tokenizer, state
@@ -173,13 +172,11 @@ def generate(path: str | os.PathLike[str], prompt: str | Sequence[int], **option
     """
     names = ("memory", "resident", "context", "kv_bits", "kv_group_size", "max_kv_size")
     loading = {key: options.pop(key) for key in names if key in options}
-    with announced(path, loading.get("memory"), loading.get("resident")):
-        tokenizer = load_tokenizer(path)
-        if loading.get("context") is None:
-            tokens, chat = options.get("max_tokens", DEFAULT_TOKENS), options.get("chat", False)
-            loading["context"] = needed_context(tokenizer, prompt, tokens, chat=chat, system=options.get("system", ""))
-        session = Session(path, tokenizer=tokenizer, **loading)
-    with session:
+    tokenizer = load_tokenizer(path)
+    if loading.get("context") is None:
+        tokens, chat = options.get("max_tokens", DEFAULT_TOKENS), options.get("chat", False)
+        loading["context"] = needed_context(tokenizer, prompt, tokens, chat=chat, system=options.get("system", ""))
+    with Session(path, tokenizer=tokenizer, **loading) as session:
         return session.generate(prompt, **options)
 
 

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations, pairwise
@@ -24,7 +23,7 @@ import squizd
 from squizd import container, fitting, plotting, profiling, tracing
 from squizd.errors import BudgetError, FormatError, RequestError, TextError
 from squizd.repack import repack, same_payload
-from squizd.runtime import ahead, warm
+from squizd.runtime import warm
 from squizd.runtime.budget import LayerDemand, by_need
 from squizd.runtime.load import load_model, state
 from squizd.runtime.policy import Recall
@@ -308,28 +307,6 @@ def test_slots_and_warm_start_follow_the_profile(profiled: Path, tiny_file: Call
     ids = mx.array([list(range(30))])
     np.testing.assert_array_equal(np.array(model(ids)), np.array(plain(ids)))
     assert state(model).stats.hits > 0
-
-
-@pytest.mark.parametrize(("memory", "resident", "share"), [(None, "25%", 0.25), (None, "100%", 1), ("1kB", None, 0)])
-def test_what_is_needed_first_is_announced_in_file_order(
-    profiled: Path, memory: str | None, resident: str | None, share: float
-) -> None:
-    with container.open(profiled) as f:
-        profile = read_profile(f)
-        assert profile is not None
-        records = ahead.first_needed(f, memory, resident)
-        wanted = [record for _, record in f.residents.values()]
-        for layer, known in zip(f.moe_layers, profile.layers, strict=True):
-            busiest = sorted(range(32), key=lambda e: (-known.counts[e], e))[: int(32 * share)]
-            wanted += [f.expert(layer.layer, e) for e in busiest if known.counts[e] or share == 1]
-        assert records == sorted(wanted, key=lambda record: record.offset)
-
-
-def test_announcements_leave_errors_to_the_loader(profiled: Path, tmp_path: Path) -> None:
-    for path, resident in ((tmp_path / "none.squizd", "50%"), (profiled, "nonsense"), (profiled, "50%")):
-        with ahead.announced(path, None, resident):
-            pass
-        assert not [thread for thread in threading.enumerate() if thread.name == "squizd-ahead"]
 
 
 def test_a_warm_start_leaves_called_layers_alone_and_ends(profiled: Path, monkeypatch: Any) -> None:

@@ -53,20 +53,6 @@ def run(file: str, prompt: str | None, memory: str | None, resident: str | None,
 
     Example: squizd run qwen3.squizd --memory 6GB -p "Why is the sky blue?"
     """
-    from ..runtime.ahead import announced
-
-    with announced(file, memory, resident):  # before MLX is imported, which takes a second
-        _run(file, prompt, memory, resident, context, o)
-
-
-def _run(
-    file: str,
-    prompt: str | None,
-    memory: str | None,
-    resident: str | None,
-    context: int | None,
-    o: dict[str, Any],
-) -> None:
     need_mlx()
     from ..generation import Sampling, Session, needed_context
     from ..runtime.load import load_tokenizer
