@@ -168,7 +168,7 @@ class Recall(Fading):
     def _remember(self, tokens: npt.NDArray[np.int32]) -> None:
         self._scores = None
         if len(self._history) != len(tokens):
-            self._history, self._tokens = np.empty((len(tokens), 4 * MEMORY), np.int32), 0
+            self._history, self._tokens = np.empty((len(tokens), 2 * MEMORY), np.int32), 0
         if self._tokens + tokens.shape[1] > self._history.shape[1]:
             kept = self.history().copy()
             self._history[:, : kept.shape[1]], self._tokens = kept, kept.shape[1]

@@ -22,7 +22,7 @@ void Recall::see(const uint32_t* ids, int count) {
   if (count != choices_) {
     choices_ = count;
     tokens_ = 0;
-    history_.assign(4 * size_t(rules_.memory) * size_t(count), 0);
+    history_.assign(2 * size_t(rules_.memory) * size_t(count), 0);
   }
   for (int i = 0; i < count; i++) counts_[ids[i]] += rules_.steps[size_t(token_)];
   if (++token_ == int(rules_.steps.size())) {
@@ -33,7 +33,7 @@ void Recall::see(const uint32_t* ids, int count) {
 }
 
 void Recall::remember(const uint32_t* ids) {
-  if (tokens_ == 4 * rules_.memory) {
+  if (tokens_ == 2 * rules_.memory) {
     std::copy_n(at(tokens_ - rules_.memory), size_t(rules_.memory) * size_t(choices_), history_.data());
     tokens_ = rules_.memory;
   }
@@ -104,7 +104,7 @@ void Recall::restore(const std::vector<uint64_t>& counts, int token, const std::
   token_ = token;
   choices_ = choices;
   tokens_ = choices ? int(history.size() / size_t(choices)) : 0;
-  history_.assign(4 * size_t(rules_.memory) * size_t(choices), 0);
+  history_.assign(2 * size_t(rules_.memory) * size_t(choices), 0);
   std::copy(history.begin(), history.end(), history_.begin());
   fresh_ = false;
 }

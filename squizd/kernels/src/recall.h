@@ -36,7 +36,7 @@ class Recall {
 
   const Rules rules_;
   std::vector<uint64_t> counts_, scores_, votes_, share_;
-  std::vector<uint32_t> history_;  // `tokens_` of up to 4 * memory tokens, of which the last `memory` count
+  std::vector<uint32_t> history_;  // `tokens_` of up to 2 * memory tokens, of which the last `memory` count
   std::vector<uint32_t> common_;
   int token_ = 0, choices_ = 0, tokens_ = 0;
   uint64_t resemblance_ = 0;
