@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,41 +72,6 @@ def allocate(shape: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, Bytes]:
         array = array.reshape(())
     mx.eval(array)
     return array, view
-
-
-def allocate_for_copies(wanted: Sequence[tuple[tuple[int, ...], mx.Dtype]]) -> list[tuple[mx.array, Bytes]]:
-    """`allocate` for arrays that only `transfer` and `publish` write to.
-
-    Where a GPU has memory of its own they stay in it, and the host must not touch the views: their addresses are what
-    counts. They hold as long as the host looks at no such array (`moved`).
-    """
-    if not (on_cuda() and cuda_library()):
-        return [allocate(shape, dtype) for shape, dtype in wanted]
-    arrays = [mx.zeros(shape, dtype) for shape, dtype in wanted]
-    return [(array, _remote(address, array)) for array, address in zip(arrays, _addresses(arrays), strict=True)]
-
-
-def moved(arrays: Sequence[mx.array], views: Sequence[Bytes]) -> bool:
-    """Whether one of `arrays`, of `allocate_for_copies`, is no longer where any of the views begins."""
-    if not (on_cuda() and cuda_library()):
-        return False
-    return not {view.ctypes.data for view in views}.issuperset(_addresses(arrays))
-
-
-def _remote(address: int, array: mx.array) -> Bytes:
-    memory = (ctypes.c_uint8 * array.nbytes).from_address(address)
-    return np.ctypeslib.as_array(memory).reshape(array.shape[0] if array.ndim else 1, -1)
-
-
-def _addresses(arrays: Sequence[mx.array]) -> list[int]:
-    """Where arrays lie in a CUDA device's memory."""
-    make: Any = mx.fast.cuda_kernel
-    source = "if (threadIdx.x == 0) out[0] = reinterpret_cast<unsigned long long>(array);"
-    ask = make(name="squizd_address", input_names=["array"], output_names=["out"], source=source)
-    options = {"grid": (1, 1, 1), "threadgroup": (1, 1, 1), "output_shapes": [(1,)], "output_dtypes": [mx.uint64]}
-    found = [ask(inputs=[array], **options)[0] for array in arrays]
-    mx.eval(found)
-    return [int(np.array(address, copy=False)[0]) for address in found]
 
 
 def transfer(record_bytes: int) -> Transfer | None:

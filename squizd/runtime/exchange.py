@@ -10,7 +10,7 @@ slot, until `give_back`: as with `lending`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +36,12 @@ Lock = AbstractContextManager[bool]
 class Exchange:
     """The paged layers of one model in the hands of native code; the pager's borrower between tokens."""
 
-    def __init__(
-        self, pager: Pager, layers: Sequence[tuple[Slots, int]], ask: Ask, lock: Lock, moved: Callable[[], bool]
-    ) -> None:
+    def __init__(self, pager: Pager, layers: Sequence[tuple[Slots, int]], ask: Ask, lock: Lock) -> None:
         """`layers`: slots, and how many experts a token has. `lock`: held for a whole token.
 
-        `moved`: whether a slot is no longer where it was. OSError if native code cannot serve these.
+        OSError if native code cannot serve these.
         """
-        self._pager, self._ask, self._lock, self._moved = pager, ask, lock, moved
+        self._pager, self._ask, self._lock = pager, ask, lock
         self._slots = [slots for slots, _ in layers]
         transfer = pager.transfer
         if transfer is None or any(slots.shelf_handle is None for slots in self._slots):
@@ -81,11 +79,6 @@ class Exchange:
         if self._pager.closed:
             raise ReadError(f"{self._pager.file.path}: the model is closed")
         if self._pager.borrower is not self:
-            if self._moved():
-                raise RequestError(
-                    f"{self._pager.file.path}: the host has read arrays of paged experts, which moves them",
-                    hint="load the model again, and leave the parameters of paged layers alone",
-                )
             self._pager.reclaim()
             self._pager.stop_warming()
             for index, slots in enumerate(self._slots):

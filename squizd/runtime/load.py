@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from .deferral import install as install_deferral
 from .exchange import Exchange
 from .fused import BOTH, GATE, UP, FusedSwitchGLU, fusable
 from .lending import Lending
-from .pager import READERS, Pager, Slots, Stats, stored_alike
+from .pager import READERS, Pager, Slots, Stats
 from .policy import Recall
 from .probe import Needs, probe
 from .profile import LayerProfile, Profile, read_profile
@@ -241,20 +239,11 @@ def _defer(blueprint: Blueprint, pager: Pager, needs: Needs) -> Deferral:
     ask = device.ask()
     if ask is not None:
         try:
-            served = [(module.slots, k) for module, k in paged]
-            moved = partial(_moved, [module for module, _ in paged])
-            deferral.exchange = Exchange(pager, served, ask, deferral.lock, moved)
+            deferral.exchange = Exchange(pager, [(module.slots, k) for module, k in paged], ask, deferral.lock)
         except OSError as error:
             deferral.exchange_reason = str(error)
     install_deferral(blueprint.model, deferral)
     return deferral
-
-
-def _moved(switches: Sequence[PagedSwitch]) -> bool:
-    return device.moved(
-        [array for switch in switches for array in _arrays(switch.inner)],
-        [bank for switch in switches for bank in switch.slots.banks],
-    )
 
 
 def _default_context(needs: Needs, limit: int | None, caches: CacheOptions | None = None) -> int:
@@ -312,11 +301,15 @@ def _demand(blueprint: Blueprint, needs: Needs, file: File, profile: Profile | N
 
 def _load_residents(blueprint: Blueprint, file: File, source: Source) -> None:
     """Read every resident tensor into its array; encoded ones one after another, for they are staged whole."""
-    targets = [target for resident in blueprint.residents for target in resident.targets]
-    allocated = device.allocate_for_copies([(target.shape, target.dtype) for target in targets])
-    arrays = [(target.name, array) for target, (array, _) in zip(targets, allocated, strict=True)]
-    left = iter(allocated)
-    jobs = [(r, [view.reshape(-1) for _, view in islice(left, len(r.targets))]) for r in blueprint.residents]
+    arrays: list[tuple[str, mx.array]] = []
+    jobs: list[tuple[Resident, list[Bytes]]] = []
+    for resident in blueprint.residents:
+        views = []
+        for target in resident.targets:
+            array, view = device.allocate(target.shape, target.dtype)
+            arrays.append((target.name, array))
+            views.append(view.reshape(-1))
+        jobs.append((resident, views))
 
     def read(job: tuple[Resident, list[Bytes]]) -> None:
         resident, places = job
@@ -347,11 +340,11 @@ def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pag
         if fused and name.startswith((GATE, UP)):
             shape, name = (2 * shape[0], *shape[1:]), BOTH + name.partition(".")[2]
         wanted[name] = (count, *shape), target.dtype
-    copied = pager.transfer is not None and stored_alike(pager.file.experts(layer.layer.layer))
-    sizes = list(wanted.values())
-    allocated = device.allocate_for_copies(sizes) if copied else [device.allocate(*size) for size in sizes]
+    arrays: list[tuple[str, mx.array]] = []
     views: dict[str, Bytes] = {}
-    for name, (_, view) in zip(wanted, allocated, strict=True):
+    for name, (shape, dtype) in wanted.items():
+        array, view = device.allocate(shape, dtype)
+        arrays.append((name, array))
         if fused and name.startswith(BOTH):
             leaf = name.partition(".")[2]
             views[GATE + leaf], views[UP + leaf] = np.split(view, 2, axis=1)
@@ -360,7 +353,7 @@ def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pag
     if fused:
         module = FusedSwitchGLU(module)
         replace_module(blueprint.model, layer.layer.path, module)
-    fill(module, [(name, array) for name, (array, _) in zip(wanted, allocated, strict=True)])
+    fill(module, arrays)
     slots = Slots(pager, layer.layer, [views[t.name] for t in layer.targets], layer.scatters, policy)
     if count < layer.layer.expert_count:
         replace_module(blueprint.model, layer.layer.path, PagedSwitch(module, slots))

@@ -158,8 +158,10 @@ class Slots:
         self.scatters = scatters
         self.records = pager.file.experts(layer.layer)
         self.shelf_handle: int | None = None
-        parts = scatters[self.records[0].layout].parts
-        if pager.transfer is not None and stored_alike(self.records) and not any(part.widen for part in parts):
+        first = self.records[0]
+        alike = all(record.codec == RAW and record.layout == first.layout for record in self.records)
+        parts = scatters[first.layout].parts
+        if pager.transfer is not None and alike and not any(part.widen for part in parts):
             destinations = list(zip(parts, self.banks, strict=True))
             self.shelf_handle = pager.transfer.shelf(pager.file.fileno(), destinations, self.records)
             pager.shelves[self.shelf_handle] = self
@@ -281,11 +283,6 @@ class Slots:
 
     def _error(self, expert: int, reason: str) -> ExpertReadError:
         return ExpertReadError(self.pager.file.path, self.layer.layer, expert, self.records[expert].offset, reason)
-
-
-def stored_alike(records: Sequence[Record]) -> bool:
-    """Whether all are raw and of one layout: what native code reads."""
-    return all(record.codec == RAW and record.layout == records[0].layout for record in records)
 
 
 class _Ahead:
