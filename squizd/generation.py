@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm import stream_generate as _mlx_stream
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
@@ -145,6 +146,9 @@ def stream_generate(
             prefill_step_size=loaded.prefill_step_size,
             **loaded.caches.steps,
         ):
+            if loaded.replay is not None and loaded.replay.in_use and _is_nothing(response.logprobs):
+                mx.synchronize(generation_stream)  # raises what failed
+                raise ReadError(f"{loaded.file.path}: a token could not be computed", hint="ask again")
             now = time.perf_counter()
             if not first:
                 first, spans.first_token_seconds = now, now - clock
@@ -155,6 +159,11 @@ def stream_generate(
     finally:
         _forget()
         trim()
+
+
+def _is_nothing(logprobs: mx.array) -> bool:
+    """Whether a replayed token failed: MLX says so to whoever waits for it, and to nobody if it is there already."""
+    return bool(np.isnan(np.array(logprobs, copy=False).reshape(-1)[0]))
 
 
 def _forget() -> None:
