@@ -64,7 +64,7 @@ def main() -> None:
     with squizd.open(options.file) as file:
         if not file.appendix(b"PROF"):
             raise SystemExit(f"{options.file} has no profile: squizd profile")
-        records = [file.expert(x.layer, e) for x in file.moe_layers for e in range(x.expert_count)]
+        records = [record for x in file.moe_layers for record in file.experts(x.layer)]
         result: dict[str, Any] = {"benchmark": "start", "file": options.file, "words": options.words}
         for resident in options.resident:
             for temperature in ("cold", "warm"):

@@ -41,7 +41,7 @@ def write(source: File, target: str, width: int) -> None:
     wide = [make_layout([(t.name, t.role, t.encoding, widened(t, width)) for t in x.tensors]) for x in source.layouts]
     model = source.metadata["model"]
     config = model["config"] | {"moe_intermediate_size": width}
-    records = [[source.expert(x.layer, e) for e in range(x.expert_count)] for x in source.moe_layers]
+    records = [source.experts(x.layer) for x in source.moe_layers]
     plan = Plan(
         {**source.metadata, "model": model | {"config": config}},
         [(name, t.role, t.encoding, t.shape) for name, (t, _) in source.residents.items()],

@@ -59,15 +59,15 @@ class Exchange:
         transfer.before_close.append(self._close)
         native = transfer.native
         boxes = [native.squizd_exchange_box(ctypes.c_void_p(self._handle), i) for i in range(len(layers))]
-        self._notes = [mx.array([box & 0xFFFFFFFF, box >> 32] + [0] * (NOTE - 2), mx.uint32) for box in boxes]
-        self._notes = [note + 0 for note in self._notes]  # computed, so that it lies in the device's own memory
+        notes = [mx.array([box & 0xFFFFFFFF, box >> 32] + [0] * (NOTE - 2), mx.uint32) for box in boxes]
+        self._notes = [note + 0 for note in notes]  # computed, so that it lies in the device's own memory
         mx.eval(self._notes)
         self._asked = 0
 
     def rows(self, layer: int, indices: mx.array) -> mx.array:
         """The slots of the experts `indices`, once it is computed and they are resident: uint32 of the same shape."""
         self._asked += 1
-        return self._ask(indices if indices.dtype == mx.uint32 else indices.astype(mx.uint32), self._notes[layer])
+        return self._ask(indices.astype(mx.uint32), self._notes[layer])
 
     @property
     def due(self) -> bool:

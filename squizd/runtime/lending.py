@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..container.layout import RAW
 from ..errors import ExpertReadError, ReadError
 from .pager import Pager, Slots
 from .policy import FOLLOWING, MEMORY, STEPS, WEIGHT, Recall
@@ -106,19 +105,16 @@ class Lending:
 
 def make_shelf(kernels: Any, slots: Slots) -> Any:
     """The native counterpart of `slots`, or None: for raw records of one layout under Recall only."""
-    records = slots.records
-    layouts = {record.layout for record in records}
-    if len(layouts) != 1 or type(slots.policy) is not Recall or any(record.codec != RAW for record in records):
+    if not slots.parts or type(slots.policy) is not Recall:
         return None
-    scatter = slots.scatters[layouts.pop()]
-    parts = sorted(zip(scatter.parts, slots.banks, strict=True), key=lambda pair: pair[0].offset)
+    parts = sorted(zip(slots.parts, slots.banks, strict=True), key=lambda pair: pair[0].offset)
     return kernels.Shelf(
         str(slots.pager.file.path),
         slots.pager.file.fileno(),
         slots.layer.layer,
         [bank for _, bank in parts],
         [(part.offset, part.size, part.widen) for part, _ in parts],
-        [(record.offset, record.stored_size, record.digest) for record in records],
+        [(record.offset, record.stored_size, record.digest) for record in slots.records],
         (STEPS, FOLLOWING, WEIGHT, MEMORY),
         slots.pager.source.step,
     )

@@ -332,22 +332,20 @@ def _load_residents(blueprint: Blueprint, file: File, source: Source) -> None:
 
 def _load_layer(blueprint: Blueprint, layer: ExpertLayer, count: int, pager: Pager, policy: Recall) -> bool:
     """Give an expert module its slots. True if it is paged; else every expert is read into its own row now."""
-    module = layer.module
-    fused = device.fuses() and fusable(module)
-    wanted: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {}
-    for target in layer.targets:
-        shape, name = target.shape, target.name
-        if fused and name.startswith((GATE, UP)):
-            shape, name = (2 * shape[0], *shape[1:]), BOTH + name.partition(".")[2]
-        wanted[name] = (count, *shape), target.dtype
-    arrays: list[tuple[str, mx.array]] = []
+    module, arrays = layer.module, []
     views: dict[str, Bytes] = {}
-    for name, (shape, dtype) in wanted.items():
-        array, view = device.allocate(shape, dtype)
-        arrays.append((name, array))
-        if fused and name.startswith(BOTH):
+    fused = device.fuses() and fusable(module)
+    for target in layer.targets:
+        if target.name in views:
+            continue
+        shape, name, twin = target.shape, target.name, ""
+        if fused and name.startswith((GATE, UP)):
             leaf = name.partition(".")[2]
-            views[GATE + leaf], views[UP + leaf] = np.split(view, 2, axis=1)
+            shape, name, twin = (2 * shape[0], *shape[1:]), BOTH + leaf, leaf
+        array, view = device.allocate((count, *shape), target.dtype)
+        arrays.append((name, array))
+        if twin:
+            views[GATE + twin], views[UP + twin] = np.split(view, 2, axis=1)
         else:
             views[name] = view
     if fused:

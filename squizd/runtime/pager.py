@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from ..container.layout import RAW, MoeLayer, Record
 from ..container.reader import File
 from ..errors import ExpertReadError, ReadError, RequestError
-from .io import Scatter
+from .io import Part, Scatter
 from .policy import Policy, Recall, State
 from .source import Bytes, Source, open_source
 from .transfer import Transfer
@@ -158,13 +158,18 @@ class Slots:
         self.scatters = scatters
         self.records = pager.file.experts(layer.layer)
         self.shelf_handle: int | None = None
-        first = self.records[0]
-        alike = all(record.codec == RAW and record.layout == first.layout for record in self.records)
-        parts = scatters[first.layout].parts
-        if pager.transfer is not None and alike and not any(part.widen for part in parts):
-            destinations = list(zip(parts, self.banks, strict=True))
+        if pager.transfer is not None and self.parts and not any(part.widen for part in self.parts):
+            destinations = list(zip(self.parts, self.banks, strict=True))
             self.shelf_handle = pager.transfer.shelf(pager.file.fileno(), destinations, self.records)
             pager.shelves[self.shelf_handle] = self
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """The parts of every record, as native code reads them; none unless all are raw and laid out alike."""
+        layouts = {record.layout for record in self.records}
+        if len(layouts) != 1 or any(record.codec != RAW for record in self.records):
+            return ()
+        return self.scatters[layouts.pop()].parts
 
     def check(self, lowest: int, highest: int) -> None:
         """RequestError unless both are experts of this layer."""

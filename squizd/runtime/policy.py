@@ -148,9 +148,8 @@ class Recall(Fading):
 
     Text repeats itself, and so does routing. Of the last MEMORY tokens, those count that resemble the last one: in
     the experts chosen for them, two thirds as much in those of the token before, and a third in those of the one before
-    that. An expert chosen up to 8 tokens
-    after such a token gains by how alike (to the fourth power) and how soon (`FOLLOWING`), as a share of all
-    resemblance.
+    that. An expert chosen up to 8 tokens after such a token gains by how alike (to the fourth power) and how soon
+    (`FOLLOWING`), as a share of all resemblance.
     Computed only when somebody must go. The kernels' shelves (`recall.cpp`) decide the very same.
     """
 
