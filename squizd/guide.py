@@ -19,12 +19,13 @@ from .checkpoint import Checkpoint
 from .container.layout import Encoding
 from .corpus import Corpus
 from .errors import RecipeError, SourceError
+from .knowledge import Statistics
 from .quantizers import Quantized, quantize, shifted
 from .single import stored
 from .workplace import Workplace
 
 if TYPE_CHECKING:
-    from .calibration import ExpertInputs, Statistics
+    from .routed import ExpertInputs
 
 Progress = Callable[[int, int], None]
 BATCH_BYTES = 1 << 24  # of one batch of experts' Hessians in float32; GPTQ holds about ten times as much
@@ -204,7 +205,7 @@ def _statistics(
     progress: Progress | None,
     work: Workplace | None,
 ) -> Statistics:
-    from .calibration import Statistics, calibrate
+    from .calibration import calibrate
 
     if path is not None and (Path(path).exists() or calibration is None):
         found = Statistics.load(path)

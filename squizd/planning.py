@@ -18,11 +18,11 @@ import numpy as np
 
 from .allocation import Option, Plan, Unit, allocate
 from .architecture import build
-from .calibration import Statistics
 from .checkpoint import Checkpoint
 from .container import frames
 from .container.layout import Encoding
 from .errors import RecipeError
+from .knowledge import Statistics
 from .quantizers import Quantized, quantize
 from .recipe import affine, choose
 from .scratch import Folder

@@ -15,14 +15,16 @@ from conftest import CommandLine
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 import squizd
-from squizd import calibration, corpus
-from squizd.calibration import PRIOR_TOKENS, Statistics, calibrate
+from squizd import calibration, corpus, listening
+from squizd.calibration import calibrate
 from squizd.checkpoint import open_checkpoint
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError, SourceError
 from squizd.evaluation import Subject
 from squizd.guide import Calibration, Guide
 from squizd.kernels import layers
+from squizd.knowledge import Statistics
+from squizd.routed import PRIOR_TOKENS
 from squizd.single import stored
 
 CONTEXT, COUNT = 24, 5
@@ -204,7 +206,7 @@ def test_gptq_serves_tensors_in_constant_use(tiny: Path, text: Path, statistics:
 
 
 def test_products_stop_where_there_is_no_room(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "PRODUCT_BYTES", 3 * 4 * 128 * 128)
+    monkeypatch.setattr(listening, "PRODUCT_BYTES", 3 * 4 * 128 * 128)
     found = calibrate(open_checkpoint(tiny), corpus.read(text), context=CONTEXT, count=COUNT, seed=3)
     assert list(found.products) == [f"model.layers.0.{p}" for p in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate")]
     assert found.hessian("model.layers.0.self_attn.v_proj") is not None
