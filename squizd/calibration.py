@@ -96,9 +96,8 @@ def _summarize(found: Statistics, module: ExpertInputs) -> None:
         for projection in projections:
             last = projection == module.last
             if last not in done:
-                x, g = module.of(expert, projection)
-                weighted = x * g[:, None]
-                done[last] = np.array(mx.sum(weighted * weighted, axis=0)).astype(np.float64)
+                parts = (mx.sum(x * x, axis=0) for x in module.of(expert, projection))
+                done[last] = np.sum([np.array(part).astype(np.float64) for part in parts], axis=0)
             sums[projection].append(done[last])
     prior = PRIOR_TOKENS * module.mean_square_gate()
     found.tokens[module.path], found.mass[module.path] = counts, mass

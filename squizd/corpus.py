@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import TextError
 
 _SUFFIXES = (".jsonl", ".txt", ".md", ".text")
+PIECE = 1 << 16  # characters of a text that are tokenized at once: tokenizers take some 200 bytes for each
 _JSONL = "a jsonl file has one object with a text per line"
 
 
@@ -121,14 +122,16 @@ def sampled_windows(corpus: Corpus, encode: Encode, context: int, count: int, se
     """For calibration: up to `count` windows of exactly `context` tokens, drawn by `seed`, no token twice.
 
     Every text is cut into windows; what is left at its end, shorter than one window, is joined with the
-    remainders of others. Raises TextError if all texts together are shorter than one context.
+    remainders of others. A text longer than `PIECE` counts as several. Raises TextError if all texts together are
+    shorter than one context.
     """
-    order = list(range(len(corpus.texts)))
+    texts = [piece for text in corpus.texts for piece in _pieces(text)]
+    order = list(range(len(texts)))
     source = random.Random(seed)
     source.shuffle(order)
     windows, rest, seen = list[list[int]](), list[int](), 0
     for position in order:
-        ids = list(encode(corpus.texts[position]))
+        ids = list(encode(texts[position]))
         seen += len(ids)
         start = source.randrange(len(ids) % context + 1)
         whole = (len(ids) - start) // context
@@ -142,6 +145,17 @@ def sampled_windows(corpus: Corpus, encode: Encode, context: int, count: int, se
     _check(corpus, seen, context)
     source.shuffle(windows)
     return windows[:count]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of up to `PIECE` characters, each ending with a line, else with a word if it can."""
+    start = 0
+    while len(text) - start > PIECE:
+        most = start + PIECE
+        end = 1 + text.rfind("\n", start, most) or 1 + text.rfind(" ", start, most) or most
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _check(corpus: Corpus, tokens: int, context: int) -> None:

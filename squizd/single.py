@@ -106,4 +106,7 @@ def _each(module: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
         outs.append(out.reshape(len(rows), -1))
     back = np.empty(len(order), np.int32)
     back[order] = np.arange(len(order), dtype=np.int32)
-    return mx.take(mx.concatenate(outs), mx.array(back), axis=0).reshape(*indices.shape, -1)
+    joined = mx.concatenate(outs)
+    mx.eval(joined)
+    outs.clear()  # k times the layer's output: not more often in memory than need be
+    return mx.take(joined, mx.array(back), axis=0).reshape(*indices.shape, -1)

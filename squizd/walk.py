@@ -146,6 +146,7 @@ class Walk:
         self.read_rest()  # lets go of the embedding
         for position, layer in enumerate(self._modules):
             path = f"{self.root}.{position}"
+            device.trim()  # what a tokenizer, the last layer and looking at it left behind
             self._fill(layer, path)
             for visitor in visitors:
                 visitor.enter(path, layer)

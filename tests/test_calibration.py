@@ -15,7 +15,7 @@ from conftest import CommandLine
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 import squizd
-from squizd import calibration, corpus, listening
+from squizd import calibration, corpus, listening, routed
 from squizd.calibration import calibrate
 from squizd.checkpoint import open_checkpoint
 from squizd.container.layout import Encoding
@@ -138,15 +138,21 @@ def test_moments_counts_and_gates_are_those_of_a_plain_pass(
     assert checked == len(statistics.tokens) > 0
 
 
-def test_hessians_are_sums_of_products(tiny: Path, text: Path, statistics: Statistics) -> None:
+def test_hessians_are_sums_of_products(
+    tiny: Path, text: Path, statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = open_checkpoint(tiny)
     windows = calibration.windows_of(corpus.read(text), checkpoint, CONTEXT, COUNT, 3)
+    monkeypatch.setattr(routed, "PIECE", 7)
     for inputs in calibration.expert_inputs(checkpoint, windows):
         assert inputs.path in statistics.tokens
         busiest = int(np.argmax(statistics.tokens[inputs.path]))
+        assert statistics.tokens[inputs.path][busiest] > routed.PIECE  # its sums are made in pieces
         for projection in ("up_proj", "down_proj"):
             (h,) = inputs.hessians(projection, [busiest])
-            x, g = (np.array(part).astype(np.float64) for part in inputs.of(busiest, projection))
+            tokens, g = inputs.rows(busiest)
+            x = inputs.x.rows(tokens)
+            x = np.array(inputs.hidden(x, busiest) if projection == "down_proj" else x).astype(np.float64)
             np.testing.assert_allclose(h, (x * (g * g)[:, None]).T @ x, rtol=1e-3, atol=1e-5)
             layer = inputs.layer_hessian(projection)
             total = sum(inputs.hessians(projection, [e])[0] for e in range(inputs.count))
@@ -154,10 +160,13 @@ def test_hessians_are_sums_of_products(tiny: Path, text: Path, statistics: Stati
         np.testing.assert_allclose(inputs.gates.sum(axis=-1), 1, rtol=1e-4)
 
 
-def test_the_last_projection_makes_up_for_the_rounding_of_the_others(tiny: Path, text: Path) -> None:
+def test_the_last_projection_makes_up_for_the_rounding_of_the_others(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64: what it makes of its disturbed inputs is nearer to the truth than without looking at them."""
     checkpoint = open_checkpoint(tiny)
     windows = calibration.windows_of(corpus.read(text), checkpoint, CONTEXT, 20, 3)
+    monkeypatch.setattr(routed, "PIECE", 50)
     inputs = next(calibration.expert_inputs(checkpoint, windows))
     guide, coarse = Guide("gptq", None, windows, calibration.expert_inputs(checkpoint, windows)), (2, 32)
     guide.approach(inputs.path)

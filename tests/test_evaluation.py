@@ -197,6 +197,24 @@ def test_windows() -> None:
         corpus.sampled_windows(texts, encode, 17, 9, 0)
 
 
+def test_a_long_text_is_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At lines, else at spaces, else anywhere; nothing is lost, and nothing is tokenized in vain."""
+    monkeypatch.setattr(corpus, "PIECE", 10)
+    seen = list[str]()
+
+    def encode(text: str) -> list[int]:
+        seen.append(text)
+        return list(map(ord, text))
+
+    text = "one line\n\nand more words thanfitonaline\n1234567890"
+    drawn = corpus.sampled_windows(corpus.Corpus("x", (text,), "0" * 64, 1), encode, 1, 99, 0)
+    assert sorted(seen) == sorted(["one line\n\n", "and more ", "words ", "thanfitona", "line\n", "1234567890"])
+    assert sorted(drawn) == sorted([ord(c)] for c in text)
+    seen.clear()
+    corpus.sampled_windows(corpus.Corpus("x", (text * 100,), "0" * 64, 1), encode, 1, 4, 0)
+    assert len(seen) <= 16
+
+
 def test_a_folder_is_read_by_name(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("two")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
