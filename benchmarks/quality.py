@@ -3,8 +3,9 @@
     python benchmarks/quality.py --model CHECKPOINT --text eval.jsonl --calibration calibration.jsonl --out FOLDER
 
 For each budget, uniform recipes (experts at the width below it in groups of 128, everything else 6 bits in groups of
-64) with min-max, mse, activation-weighted mse and gptq; then gptq with allocated bits, with the same bits dealt at
-random among tensors of the same size, and with bits allocated and counted as records under zstd take them. What needs
+64) with min-max, mse, activation-weighted mse and gptq; then gptq with bits allocated by layer, by layer and expert
+(what a target does), with the same bits dealt at random among tensors of the same size and their experts, and with
+bits allocated and counted as records under zstd take them. What needs
 calibration runs once per seed. One JSON line per row; rows that FOLDER has already are not computed again, so an
 interrupted run goes on. Files are deleted once evaluated.
 At last a table, means over seeds, in Markdown; with --plot also the curve of everything in FOLDER as SVG.
@@ -18,7 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ from squizd.guide import Calibration, prepare
 
 UNIFORM = {6.5: "6g128", 5.5: "5g128", 4.5: "4g128", 3.5: "3g128", 2.8: "2g128", 2.5: "2g128"}
 PLAIN = ("minmax", "mse")
-CALIBRATED = ("weighted", "gptq", "allocated", "random", "zstd")
+CALIBRATED = ("weighted", "gptq", "layers", "allocated", "random", "zstd")
 
 
 def plans(args: argparse.Namespace, seed: int, target: float, zstd: bool) -> dict[str, allocation.Plan]:
-    """The allocated plan for a target, and its control; with `zstd` that plan under its name."""
+    """The allocated plans for a target, and the control; with `zstd` that plan under its name."""
     checkpoint = open_checkpoint(args.model)
     candidates, fixed, parameters = choosing.survey(checkpoint)
     kept = args.out / f"units-{'zstd-' * zstd}{seed}.json"
@@ -46,17 +47,19 @@ def plans(args: argparse.Namespace, seed: int, target: float, zstd: bool) -> dic
             checkpoint, candidates, method="gptq", statistics=guide.statistics,
             windows=guide.windows[: choosing.SENSITIVITY_WINDOWS], zstd=zstd,
         )  # fmt: skip
-        rows = [[u.name, u.parameters, [[o.spec, o.bits, o.loss] for o in u.options]] for u in units]
-        kept.write_text(json.dumps(rows))
-    units = [
-        allocation.Unit(name, size, tuple(allocation.Option(*o) for o in options))
-        for name, size, options in json.loads(kept.read_text())
-    ]
-    chosen = allocation.allocate(units, int(target * parameters) - fixed)
+        kept.write_text(json.dumps([asdict(unit) for unit in units]))
+    units = []
+    for facts in json.loads(kept.read_text()):
+        options = [allocation.Option(**{**o, "experts": tuple(o["experts"])}) for o in facts["options"]]
+        units.append(allocation.Unit(**{**facts, "options": tuple(options)}))
+    budget = int(target * parameters) - fixed
+    chosen = allocation.allocate(units, budget)
     if zstd:
         return {"zstd": planning.as_plan(units, chosen, fixed, parameters)}
     dealt = allocation.shuffled(units, chosen, seed)
+    undivided = [replace(u, options=tuple(o for o in u.options if not o.experts)) for u in units]
     return {
+        "layers": planning.as_plan(undivided, allocation.allocate(undivided, budget), fixed, parameters),
         "allocated": planning.as_plan(units, chosen, fixed, parameters),
         "random": planning.as_plan(units, dealt, fixed, parameters),
     }

@@ -1,7 +1,7 @@
 """Bits under a budget: which encoding every tensor gets so that the expected divergence is least.
 
-Knows units (tensors that must share an encoding: one projection of one layer's experts, or one tensor in constant use)
-with the cost and the expected loss of each of their options. Knows nothing about how losses are measured.
+Knows units (one projection of one layer's experts, which has one encoding or two, or one tensor in constant use) with
+the cost and the expected loss of each of their options. Knows nothing about how losses are measured.
 
 Losses add up and each unit takes exactly one option: a multiple-choice knapsack, solved by dynamic programming over
 the budget (Kellerer, Pferschy, Pisinger 2004, chapter 11), exactly but for the budget's granularity.
@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import OutputError, RecipeError
+from .recipe import Recipe, Spec, parse_spec
 
 BUCKETS = 1 << 16
 
@@ -51,40 +52,62 @@ class Target:
 
 @dataclass(frozen=True)
 class Option:
-    """An encoding ("3g64"), the bits it takes with scales and biases, and the divergence it is expected to cost."""
+    """An encoding ("3g64"), the bits it takes with scales and biases, and the divergence it is expected to cost.
+
+    Of a projection, `experts` (a group of numbers, ascending) may have `other` instead.
+    """
 
     spec: str
     bits: int
     loss: float
+    other: str = ""
+    experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A tensor name and its options."""
+    """A tensor name and its options; `experts`: how many share it."""
 
     name: str
     parameters: int
     options: tuple[Option, ...]
+    experts: int = 0
 
 
 @dataclass
 class Plan:
-    """What was chosen: encodings by tensor name. `bits_per_weight` counts everything stored."""
+    """What was chosen: encodings by tensor name. `bits_per_weight` counts everything stored.
+
+    `experts`: by tensor name, encodings that differ from the tensor's and the experts that have them.
+    """
 
     bits_per_weight: float
     tensors: dict[str, str]
     expected: dict[str, float] = field(default_factory=dict)
+    experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def overrides(self) -> list[str]:
         """As `recipe.make_recipe` takes them."""
         return [f"{name}={spec}" for name, spec in self.tensors.items()]
 
+    def apart(self, given: Recipe) -> dict[str, dict[int, Spec]]:
+        """`experts` as a recipe has them, but for tensors that `given` has an override for."""
+        return {
+            name: {expert: parse_spec(spec) for spec, some in apart.items() for expert in some}
+            for name, apart in self.experts.items()
+            if given.override(name) is None
+        }
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, to read, edit and replay; OutputError if that fails."""
         facts = {"bits_per_weight": self.bits_per_weight, "tensors": self.tensors, "expected": self.expected}
+        text = json.dumps(facts, indent=1)
+        if self.experts:  # a line for each tensor
+            lines = (f"  {json.dumps(name)}: {json.dumps(apart)}" for name, apart in self.experts.items())
+            text = text.removesuffix("\n}") + ',\n "experts": {\n' + ",\n".join(lines) + "\n }\n}"
         partial = Path(f"{path}.partial")
         try:
-            partial.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+            partial.write_text(text + "\n", "utf-8")
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -98,7 +121,12 @@ class Plan:
             tensors = facts["tensors"]
             if not all(isinstance(k, str) and isinstance(v, str) for k, v in tensors.items()):
                 raise TypeError("tensors must be names and encodings")
-            return cls(float(facts.get("bits_per_weight", 0)), tensors, dict(facts.get("expected", {})))
+            experts = {name: dict(apart) for name, apart in facts.get("experts", {}).items()}
+            for name, apart in experts.items():
+                numbers = [number for some in apart.values() for number in some]
+                if name not in tensors or len(set(numbers)) != len(numbers) or any(type(n) is not int for n in numbers):
+                    raise TypeError(f"experts of {name} must be numbers, each once, of a tensor with an encoding")
+            return cls(float(facts.get("bits_per_weight", 0)), tensors, dict(facts.get("expected", {})), experts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} holds no plan: {error}", hint="--save-plan writes one") from error
 
@@ -108,7 +136,8 @@ class Plan:
         lines = []
         for name, spec in self.tensors.items():
             expected = f"  expected KL divergence {self.expected[name]:.6f}" if name in self.expected else ""
-            lines.append(f"{name:{width}}  {spec:6}{expected}")
+            apart = "".join(f", {len(some)} experts {other}" for other, some in self.experts.get(name, {}).items())
+            lines.append(f"{name:{width}}  {spec + apart:6}{expected}")
         return "\n".join([*lines, f"{self.bits_per_weight:.3f} bits per weight"])
 
 
@@ -148,14 +177,19 @@ def allocate(units: Sequence[Unit], budget: int) -> list[Option]:
 
 
 def shuffled(units: Sequence[Unit], chosen: Sequence[Option], seed: int) -> list[Option]:
-    """The control: the same encodings dealt at random among units of the same size, so that the file is as large."""
+    """The control: the same encodings dealt at random among units of the same size, so that the file is as large.
+
+    Which experts have the other of two encodings is drawn, too. Losses are the dealt options', and mean nothing.
+    """
     source, result = random.Random(seed), list(chosen)
-    by_size: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    by_size: dict[Hashable, list[int]] = {}
     for position, unit in enumerate(units):
-        by_size.setdefault((unit.parameters, tuple(o.spec for o in unit.options)), []).append(position)
+        alike = (unit.parameters, unit.experts, tuple(o.spec for o in unit.options))
+        by_size.setdefault(alike, []).append(position)
     for positions in by_size.values():
-        dealt = [chosen[p].spec for p in positions]
+        dealt = [chosen[p] for p in positions]
         source.shuffle(dealt)
-        for position, spec in zip(positions, dealt, strict=True):
-            result[position] = next(o for o in units[position].options if o.spec == spec)
+        for position, option in zip(positions, dealt, strict=True):
+            drawn = sorted(source.sample(range(units[position].experts), len(option.experts)))
+            result[position] = replace(option, experts=tuple(drawn))
     return result

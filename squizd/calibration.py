@@ -100,7 +100,7 @@ def _summarize(found: Statistics, module: ExpertInputs) -> None:
                 done[last] = np.sum([np.array(part).astype(np.float64) for part in parts], axis=0)
             sums[projection].append(done[last])
     prior = PRIOR_TOKENS * module.mean_square_gate()
-    found.tokens[module.path], found.mass[module.path] = counts, mass
+    found.tokens[module.path], found.mass[module.path], found.squares[module.path] = counts, mass, squares
     for projection, each in sums.items():
         total = np.stack(each)
         layer = total.sum(axis=0) / max(squares.sum(), 1e-30)

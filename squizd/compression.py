@@ -117,7 +117,8 @@ def compress(
             from .choosing import chosen_plan
 
             made = chosen_plan(checkpoint, guide, target, preparing, work)
-            chosen = replace(make_recipe("mixed", [*made.overrides(), *overrides]), name=target.name)
+            planned = make_recipe("mixed", [*made.overrides(), *overrides])
+            chosen = replace(planned, name=target.name, apart=made.apart(chosen))
         weights, job = lay_out(checkpoint, chosen)
         whole = plan_of_file(checkpoint, job, chosen, method, zstd, guide)
         with Writer(path, whole) as writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from typing import Any
 
 from mlx_lm.utils import _encode_tagged_floats
@@ -29,8 +30,13 @@ def plan_of_file(
     format cannot hold.
     """
     paths = list(job.experts)
-    layouts = {path: make_layout([item.entry() for item in items]) for path, items in job.experts.items()}
-    distinct = list(dict.fromkeys(layouts.values()))
+    make = cache(make_layout)  # most experts are laid out alike
+    layouts = {
+        path: [make(tuple(item.entry(expert) for item in items)) for expert in range(job.counts[path])]
+        for path, items in job.experts.items()
+    }
+    distinct = list(dict.fromkeys(layout for some in layouts.values() for layout in some))
+    number = {layout: i for i, layout in enumerate(distinct)}
     bundle = checkpoint.bundle()
     agreed = (
         recipe,
@@ -47,8 +53,8 @@ def plan_of_file(
             bundle,
             distinct,
             [MoeLayer(i, path, job.counts[path]) for i, path in zip(layer_ids(paths), paths, strict=True)],
-            [[distinct.index(layouts[path])] * job.counts[path] for path in paths],
-            choose_alignment(layouts[path].raw_size for path in paths for _ in range(job.counts[path])),
+            [[number[layout] for layout in layouts[path]] for path in paths],
+            choose_alignment(layout.raw_size for path in paths for layout in layouts[path]),
             ZSTD if zstd else RAW,
             fingerprint=hashlib.sha256(checkpoint.fingerprint() + repr(agreed).encode()).digest(),
         )

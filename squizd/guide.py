@@ -21,7 +21,7 @@ from .corpus import Corpus
 from .errors import RecipeError, SourceError
 from .knowledge import Statistics
 from .quantizers import Quantized, quantize, shifted
-from .single import stored
+from .single import Stored, stored
 from .workplace import Workplace
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Guide:
         self._inputs = inputs
         self._here: ExpertInputs | None = None
         self._kept: tuple[tuple[str, bool], list[mx.array], list[mx.array]] | None = None
-        self._stored: dict[str, tuple[Quantized, Encoding]] = {}  # projections of this expert module so far
+        self._stored: dict[str, Stored] = {}  # projections of this expert module so far
         self._digest = statistics.digest() if statistics else ""
 
     def digest(self) -> str:
@@ -85,8 +85,11 @@ class Guide:
         found = self.statistics.moments.get(path) if self.statistics else None
         return None if found is None else mx.array(found)
 
-    def quantize(self, path: str, w: mx.array, encoding: Encoding) -> Quantized:
-        """Quantize the tensor `path` (without ".weight"); RecipeError as `quantizers.quantize`."""
+    def quantize(self, path: str, w: mx.array, encoding: Encoding, experts: Sequence[int] | None = None) -> Quantized:
+        """Quantize the tensor `path` (without ".weight"), or some `experts` of it, which `w` are.
+
+        RecipeError as `quantizers.quantize`.
+        """
         # Microscaling formats have nothing to fit: their one way is round to nearest.
         if encoding.mode != "affine" or self.method == "minmax":
             return quantize(w, encoding, "minmax")
@@ -94,13 +97,18 @@ class Guide:
         if self._here is None or self._here.path != module:
             hessian = self.statistics.hessian(path) if self.statistics and self.method == "gptq" else None
             if hessian is None or w.ndim != 2:
-                return quantize(w, encoding, "mse", self.importance(path), self._short)
+                importance = self.importance(path)
+                if importance is not None and importance.ndim == 2 and experts is not None:
+                    importance = importance[mx.array(list(experts))]
+                return quantize(w, encoding, "mse", importance, self._short)
             size = max(1, BATCH_BYTES // (4 * w.shape[-1]))
             return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian), self._short)
                             for i in range(0, w.shape[0], size)])  # fmt: skip
-        return self._with_feedback(projection, w, encoding, self._here)
+        return self._with_feedback(projection, w, encoding, experts or range(w.shape[0]), self._here)
 
-    def _with_feedback(self, projection: str, w: mx.array, encoding: Encoding, inputs: ExpertInputs) -> Quantized:
+    def _with_feedback(
+        self, projection: str, w: mx.array, encoding: Encoding, experts: Sequence[int], inputs: ExpertInputs
+    ) -> Quantized:
         """gptq with each expert's Hessian; the last projection also makes up for what rounding the others does.
 
         It gets its inputs from them as they are stored, and is fitted to put out what it should have.
@@ -109,8 +117,8 @@ class Guide:
         size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // sum(x.nbytes for x in layer))
         parts = []
         for start in range(0, w.shape[0], size):
-            experts = range(start, min(start + size, w.shape[0]))
-            own = [x[start : start + size] for x in kept] or self._sums(projection, inputs, experts)
+            some = experts[start : start + size]
+            own = [x[mx.array(list(some))] for x in kept] or self._sums(projection, inputs, some)
             hessian, *pull = (inputs.mixed(x, whole) for x, whole in zip(own, layer, strict=True))
             part = w[start : start + size]
             if pull:
@@ -118,7 +126,9 @@ class Guide:
             parts.append(quantize(part, encoding, "gptq", hessian, self._short))
         found = _joined(parts)
         if projection != inputs.last:
-            self._stored[projection] = found, encoding
+            weights = self._stored.setdefault(projection, Stored([], {}))
+            weights.place |= {expert: (len(weights.stacks), row) for row, expert in enumerate(experts)}
+            weights.stacks.append((found, encoding))
         return found
 
     def _sums(self, projection: str, inputs: ExpertInputs, experts: Sequence[int]) -> list[mx.array]:

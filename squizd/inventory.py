@@ -5,7 +5,7 @@ Sees names, shapes and types, never a value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx_lm.utils import infer_quant_config
 from .architecture import build, expert_modules
 from .checkpoint import Checkpoint
 from .container.layout import FLOATS, Encoding
-from .errors import SourceError
+from .errors import RecipeError, SourceError
 from .recipe import KEEP, Recipe, choose, role_of
 from .weights import read as read_weights
 
@@ -37,6 +37,7 @@ class Item:
     shape: tuple[int, ...]  # of one expert where role is expert
     weight: str  # key of the (codes or raw) array in the sanitized checkpoint
     packed: bool = False
+    apart: dict[int, Encoding] = field(default_factory=dict)  # by expert, where it is not `encoding`
 
     def names(self) -> list[str]:
         """All of its arrays in the sanitized checkpoint."""
@@ -44,9 +45,9 @@ class Item:
         more = [f"{path}.scales", *([f"{path}.biases"] if self.encoding.mode == "affine" else [])]
         return [self.weight, *(more if self.packed else [])]
 
-    def entry(self) -> tuple[str, str, Encoding, tuple[int, ...]]:
-        """As a plan of a file has it."""
-        return self.name, self.role, self.encoding, self.shape
+    def entry(self, expert: int = -1) -> tuple[str, str, Encoding, tuple[int, ...]]:
+        """As a plan of a file has it, for one expert where it has several."""
+        return self.name, self.role, self.apart.get(expert, self.encoding), self.shape
 
 
 @dataclass
@@ -142,7 +143,22 @@ def _items(
         if quantized is None:
             job.unquantized.append(name)
         encoding = quantized or encoding
-    return [Item(name, role, encoding, tuple(shape) or (1,), name)]
+    return [Item(name, role, encoding, tuple(shape) or (1,), name, apart=_apart(name, role, encoding, shape, recipe))]
+
+
+def _apart(name: str, role: str, encoding: Encoding, shape: tuple[int, ...], recipe: Recipe) -> dict[int, Encoding]:
+    """What the experts apart from the others get. RecipeError if a reader could not hold them in one array."""
+    found = {}
+    for expert, spec in recipe.apart.get(name, {}).items():
+        other = choose(spec, encoding.dtype, tuple(shape))
+        alike = other is not None and replace(other, bits=encoding.bits) == encoding and encoding.mode == "affine"
+        if role != "expert" or not 0 <= expert < shape[0] or other is None or not alike:
+            raise RecipeError(
+                f"{name}: expert {expert} cannot be {spec} beside {encoding}",
+                hint="experts of a tensor may differ in bits, not in group size",
+            )
+        found[expert] = other
+    return found
 
 
 def _packed_encoding(

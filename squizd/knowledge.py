@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .errors import OutputError, SourceError
 
 Floats = npt.NDArray[np.float32]
+_ARRAYS = ("moments", "tokens", "mass", "squares", "products")
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Statistics:
     """Means by parameter path without ".weight", and what they come from.
 
     moments: mean square input by channel, [in], or [experts, in] where weighted by gate² and mixed with the layer's.
-    tokens, mass: by expert module, [experts]: how often each was chosen, and the sum of its gates.
+    tokens, mass, squares: by expert module, [experts]: how often each was chosen, the sums of its gates and of their
+        squares.
     feedback: by expert projection, the share of the output error that GPTQ is expected to leave.
     products: mean of x xᵀ, [in, in], of inputs of layers in constant use, by path of the first that has these inputs.
     shared: that path by path of the others that have the same inputs.
@@ -36,6 +38,7 @@ class Statistics:
     moments: dict[str, Floats] = field(default_factory=dict)
     tokens: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     mass: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    squares: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     feedback: dict[str, float] = field(default_factory=dict)
     products: dict[str, Floats] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
@@ -47,9 +50,8 @@ class Statistics:
     def digest(self) -> str:
         """SHA-256 over everything."""
         found = hashlib.sha256(json.dumps(self.source, sort_keys=True).encode())
-        kinds: tuple[dict[str, Any], ...] = (self.moments, self.tokens, self.mass, self.products)
-        for kind in kinds:
-            for path, array in sorted(kind.items()):
+        for kind in _ARRAYS:
+            for path, array in sorted(getattr(self, kind).items()):
                 found.update(path.encode() + b"\0" + array.tobytes())
         found.update(json.dumps([self.feedback, self.shared], sort_keys=True).encode())
         return found.hexdigest()
@@ -58,7 +60,7 @@ class Statistics:
         """Write them as .npz; OutputError if that fails."""
         facts = json.dumps({"source": self.source, "feedback": self.feedback, "shared": self.shared})
         arrays: dict[str, Any] = {"facts": np.frombuffer(facts.encode(), np.uint8)}
-        for kind in ("moments", "tokens", "mass", "products"):
+        for kind in _ARRAYS:
             arrays |= {f"{kind} {name}": array for name, array in getattr(self, kind).items()}
         partial = Path(f"{path}.partial")
         try:
@@ -80,6 +82,8 @@ class Statistics:
                     kind, _, key = name.partition(" ")
                     if key:
                         getattr(found, kind)[key] = z[name]
+                if found.squares.keys() != found.tokens.keys():
+                    raise KeyError("they are an earlier version's, make them anew")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
             raise SourceError(f"{path} holds no calibration statistics: {error}") from error
         return found

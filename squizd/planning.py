@@ -4,17 +4,19 @@
                              × weighted squared error of the encoding as it will be fitted / that of min-max
                              × with gptq: the share of the error that feedback leaves
 
-Routers keep 8 bits.
+Experts of one projection share its loss by what each one's error does to the layer's output, by measured gates, and may
+have two encodings that are neighbours: the wider one goes where it takes away most. Routers keep 8 bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from .allocation import Option, Plan, Unit, allocate
 from .architecture import build
@@ -25,12 +27,16 @@ from .errors import RecipeError
 from .knowledge import Statistics
 from .quantizers import Quantized, quantize
 from .recipe import affine, choose
+from .routed import PRIOR_TOKENS
 from .scratch import Folder
 from .sensitivity import divergences
 from .weights import read as read_weights
 
 Progress = Callable[[int, int], None]
-SAMPLE = 1 << 15  # weights per tensor on which encodings are compared
+Floats = npt.NDArray[np.float64]
+SAMPLE = 1 << 15  # weights per tensor on which encodings are compared, and of each expert an eighth of it,
+ROWS = 8  # or so many rows
+STEPS = 16  # parts of a layer's experts of which some may have the wider of two encodings
 EXPERTS = tuple(affine(bits, group) for bits in (2, 3, 4, 5, 6) for group in (128, 64, 32))
 OTHERS = tuple(affine(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (128, 64, 32))
 ROUTERS = (affine(8, 64),)
@@ -91,7 +97,10 @@ def as_plan(units: Sequence[Unit], chosen: Sequence[Option], fixed_bits: int, pa
     """Options as a plan."""
     total = fixed_bits + sum(o.bits for o in chosen)
     pairs = list(zip(units, chosen, strict=True))
-    return Plan(total / parameters, {u.name: o.spec for u, o in pairs}, {u.name: o.loss for u, o in pairs})
+    return Plan(
+        total / parameters, {u.name: o.spec for u, o in pairs}, {u.name: o.loss for u, o in pairs},
+        {u.name: {o.other: list(o.experts)} for u, o in pairs if o.experts},
+    )  # fmt: skip
 
 
 def measure(
@@ -111,36 +120,79 @@ def measure(
             raise RecipeError(f"{c.name}: its rows fit no group")
         if len(options) == 1:
             weights.pop(c.name, None)
-            losses, shares = [0.0], [1.0]
+            losses, shares = np.zeros((1, 1)), [1.0]
         else:
             losses, shares = _losses(c, weights.pop(c.name), options, found[c.path], statistics, method, zstd)
-        specs = (f"{e.bits}g{e.group_size}" for e in options)
         bits = [bits_of(e, c.shape) for e in options]
         if zstd:
             bits = [math.ceil(b * min(1.0, share)) for b, share in zip(bits, shares, strict=True)]
-        units.append(Unit(c.name, math.prod(c.shape), tuple(map(Option, specs, bits, losses))))
+        units.append(
+            Unit(c.name, math.prod(c.shape), (*_whole(options, bits, losses), *_divided(options, bits, losses)),
+                 c.shape[0] if c.role == "expert" else 0)
+        )  # fmt: skip
         mx.clear_cache()
     return units
+
+
+def _spec(encoding: Encoding) -> str:
+    return f"{encoding.bits}g{encoding.group_size}"
+
+
+def _whole(options: Sequence[Encoding], bits: Sequence[int], losses: Floats) -> Iterator[Option]:
+    """One encoding for all."""
+    yield from map(Option, map(_spec, options), bits, losses.sum(axis=1).tolist())
+
+
+def _divided(options: Sequence[Encoding], bits: Sequence[int], losses: Floats) -> Iterator[Option]:
+    """Two encodings of one group size, the wider one for the experts that gain most by it.
+
+    They are neighbours, for in memory every expert takes the room of the widest.
+    """
+    count = losses.shape[1]
+    for low, encoding in enumerate(options):
+        wider = [e.bits for e in options if e.group_size == encoding.group_size and e.bits > encoding.bits]
+        if count == 1 or not wider:
+            continue
+        high = options.index(replace(encoding, bits=min(wider)))
+        gain = losses[low] - losses[high]
+        order = np.argsort(-gain, kind="stable")
+        for step in range(1, STEPS):
+            some = order[: count * step // STEPS]
+            if len(some):
+                cost = bits[low] + (bits[high] - bits[low]) * len(some) // count
+                loss = float(losses[low].sum() - gain[some].sum())
+                yield Option(_spec(encoding), cost, loss, _spec(options[high]), tuple(sorted(some.tolist())))
 
 
 def _losses(
     c: Candidate, w: mx.array, options: Sequence[Encoding], divergence: float, statistics: Statistics, method: str,
     zstd: bool,
-) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Expected divergence with each option, and what zstd makes of a stored byte."""
+) -> tuple[Floats, list[float]]:  # fmt: skip
+    """Expected divergences [options, experts] or [options, 1], and by option what zstd makes of a stored byte."""
     importance = statistics.moments.get(c.path)
     weight = None if importance is None else mx.array(importance)
+    heard = _heard(c, statistics)
     w, weight = _sample(w, weight)
     bits, group = c.reference
     reference = Encoding("affine", c.dtype, bits, group)
-    exact = max(_error(w, reference, quantize(w, reference, "minmax"), weight), 1e-30)
+    exact = max(float(np.sum(heard * _errors(w, reference, quantize(w, reference, "minmax"), weight))), 1e-30)
     left = statistics.feedback.get(c.path, 1.0) if method == "gptq" else 1.0
     losses, shares = [], []
     for encoding in options:
         parts = quantize(w, encoding, "mse", weight, zstd)
-        losses.append(divergence * left * _error(w, encoding, parts, weight) / exact)
+        losses.append(divergence * left * heard * _errors(w, encoding, parts, weight) / exact)
         shares.append(_stored_share(parts, c.shape[-2]))
-    return losses, shares
+    return np.stack(losses), shares
+
+
+def _heard(c: Candidate, statistics: Statistics) -> Floats:
+    """Sums of gate² of each expert, [experts], mixed with the layer's; [1] for other tensors."""
+    squares = statistics.squares.get(c.path.rpartition(".")[0])
+    if squares is None or c.role != "expert":
+        return np.ones(1)
+    tokens = statistics.tokens[c.path.rpartition(".")[0]]
+    heard: Floats = squares + PRIOR_TOKENS * squares.sum() / max(1, tokens.sum())
+    return heard
 
 
 def _stored_share(parts: Quantized, rows: int) -> float:
@@ -159,17 +211,15 @@ def _stored_share(parts: Quantized, rows: int) -> float:
 
 
 def _sample(w: mx.array, weight: mx.array | None) -> tuple[mx.array, mx.array | None]:
-    """About `SAMPLE` weights: some experts, evenly spread, and some rows of each."""
-    if w.ndim == 3:
-        step = max(1, w.shape[0] // 8)
-        w, weight = w[::step], weight[::step] if weight is not None and weight.ndim == 2 else weight
-    step = max(1, w.size // SAMPLE)
-    w = mx.contiguous(w[..., ::step, :])
+    """Some rows, evenly spread; of every expert."""
+    rows = max(1, SAMPLE // w.shape[-1]) if w.ndim == 2 else max(ROWS, SAMPLE // 8 // w.shape[-1])
+    w = mx.contiguous(w[..., :: max(1, w.shape[-2] // rows), :])
     mx.eval(w)
     return w, weight
 
 
-def _error(w: mx.array, encoding: Encoding, parts: Quantized, weight: mx.array | None) -> float:
+def _errors(w: mx.array, encoding: Encoding, parts: Quantized, weight: mx.array | None) -> Floats:
+    """Weighted squared error of each expert, [experts], or of the tensor, [1]."""
     codes, scales, biases = parts
     assert scales is not None
     assert biases is not None
@@ -178,4 +228,4 @@ def _error(w: mx.array, encoding: Encoding, parts: Quantized, weight: mx.array |
     squares = mx.square(decoded - w.astype(mx.float32))
     if weight is not None:
         squares = squares * (weight[:, None, :] if weight.ndim == 2 else weight)
-    return float(mx.sum(squares))
+    return np.array(mx.sum(squares, axis=(-2, -1))).astype(np.float64).reshape(-1)

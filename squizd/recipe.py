@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from .container.layout import AFFINE_BITS, AFFINE_GROUPS, MICROSCALING, Encoding
@@ -54,13 +54,17 @@ def parse_spec(text: str) -> Spec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Specs for experts, for routers, and for everything else that can be quantized."""
+    """Specs for experts, for routers, and for everything else that can be quantized.
+
+    `apart`: by tensor name, specs that some experts have instead of what the rest says.
+    """
 
     name: str
     experts: Spec
     routers: Spec
     others: Spec
     overrides: tuple[tuple[str, Spec], ...] = ()
+    apart: Mapping[str, Mapping[int, Spec]] = field(default_factory=dict)
 
     def override(self, name: str) -> Spec | None:
         """The last override whose pattern matches "model.layers.0.mlp.gate.weight", with or without ".weight"."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,10 +33,28 @@ class Unpacking:
         return self.unpack(codes, self.scales[one], None if self.biases is None else self.biases[one])
 
 
+@dataclass
+class Stored:
+    """Weights as a file has them: by expert the stack that it is in, and its place there; affine blocks."""
+
+    stacks: list[tuple[Quantized, Encoding]]
+    place: dict[int, tuple[int, int]]
+
+    def expert(self, original: mx.array, expert: int) -> mx.array:
+        """The weights of one expert, [1, out, in] float32, in place of the `original` ones."""
+        stack, row = self.place[expert]
+        (codes, scales, biases), encoding = self.stacks[stack]
+        assert scales is not None
+        assert biases is not None
+        one = slice(row, row + 1)
+        grids = scales[one].astype(mx.float32), biases[one].astype(mx.float32)
+        return mx.dequantize(codes[one], *grids, group_size=encoding.group_size, bits=encoding.bits)
+
+
 def alone(module: nn.Module, expert: int) -> nn.Module:
     """A module of one expert of `module` (a SwitchGLU or SwitchMLP of mlx-lm), its weights in float32.
 
-    Where a projection has an attribute `changed`, a function or an Unpacking, that is applied to its weight first.
+    Where a projection has an attribute `changed`, a function, Unpacking or Stored, that is applied to its weight first.
     """
     one: nn.Module = copy.copy(module)
     for kind in type(module).__mro__:  # without what other modules here have put on top
@@ -50,7 +67,7 @@ def alone(module: nn.Module, expert: int) -> nn.Module:
             changed = getattr(child, "changed", None)
             for key, stack in child.items():
                 part = stack[expert : expert + 1]
-                if key == "weight" and isinstance(changed, Unpacking):
+                if key == "weight" and isinstance(changed, Unpacking | Stored):
                     part = changed.expert(part, expert)
                 elif key == "weight" and changed is not None:
                     part = changed(part)
@@ -59,16 +76,12 @@ def alone(module: nn.Module, expert: int) -> nn.Module:
     return one
 
 
-def stored(module: nn.Module, parts: dict[str, tuple[Quantized, Encoding]]) -> nn.Module:
-    """`module` with projections as a file stores them: affine blocks, decoded in float32. All else is shared."""
+def stored(module: nn.Module, projections: dict[str, Stored]) -> nn.Module:
+    """`module` with projections as a file stores them. All else is shared."""
     found: nn.Module = copy.copy(module)
-    for name, ((codes, scales, biases), encoding) in parts.items():
-        assert scales is not None
-        assert biases is not None
+    for name, weights in projections.items():
         found[name] = copy.copy(module[name])
-        found[name]["weight"] = codes
-        unpack = partial(mx.dequantize, group_size=encoding.group_size, bits=encoding.bits)
-        found[name].changed = Unpacking(scales.astype(mx.float32), biases.astype(mx.float32), unpack)
+        found[name].changed = weights
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .container import Writer
+from .container.layout import Encoding
 from .errors import RecipeError
 from .guide import Guide
 from .hub import Remote
@@ -99,7 +100,7 @@ def _write_resident(records: _Records, position: int, item: Item, weights: dict[
     if records.writer.has(position):
         weights.pop(item.weight, None)
     else:
-        records.put([(position, [_encode(item, weights, guide)])])
+        records.put([(position, [_encode(item, weights, guide)(None)])])
 
 
 def _write_experts(
@@ -109,30 +110,56 @@ def _write_experts(
     missing = [expert for expert in range(job.counts[path]) if not records.writer.has(first + expert)]
     if missing:
         stacks = [_encode(item, weights, guide) for item in job.experts[path]]
-        records.put((first + e, [[p if p is None else p[e : e + 1] for p in s] for s in stacks]) for e in missing)
+        records.put((first + expert, [stack(expert) for stack in stacks]) for expert in missing)
     for item in job.experts[path]:
         weights.pop(item.weight, None)
     mx.clear_cache()
 
 
-def _encode(item: Item, weights: dict[str, mx.array], guide: Guide) -> list[Part]:
-    """Evaluate one tensor into its stored parts, and let go of its source."""
+def _encode(item: Item, weights: dict[str, mx.array], guide: Guide) -> Callable[[int | None], list[Part]]:
+    """Evaluate one tensor, and let go of its source: the stored parts of all of it (None), or of an expert."""
     path = item.weight.rpartition(".")[0]
-    parts: list[mx.array | None]
     if item.packed:
-        parts = [weights.pop(item.weight), weights.pop(f"{path}.scales"), weights.pop(f"{path}.biases", None)]
+        keys = (item.weight, f"{path}.scales", f"{path}.biases")
+        stacks = [_evaluated([weights.pop(key, None) for key in keys])]
     elif item.encoding.mode == "raw":
-        parts = [weights.pop(item.weight), None, None]
+        stacks = [_evaluated([weights.pop(item.weight), None, None])]
     else:
+        own, held = weights.pop(item.weight), guide.held(path)
+        w = own if held is None else held
+        del own, held
         try:
-            own, held = weights.pop(item.weight), guide.held(path)
-            parts = list(guide.quantize(path, own if held is None else held, item.encoding))
-            del own, held
+            if not item.apart:
+                stacks = [_evaluated(guide.quantize(path, w, item.encoding))]
+            else:
+                groups = _groups(item, w.shape[0])
+                stacks = [_evaluated(guide.quantize(path, w[mx.array(some)], encoding, some))
+                          for encoding, some in groups.items()]  # fmt: skip
+                place = {e: (stack, row) for stack, some in enumerate(groups.values()) for row, e in enumerate(some)}
         except RecipeError as error:
             raise RecipeError(f"{item.weight}: {error}", hint=error.hint) from error
-    present = [part for part in parts if part is not None]
-    mx.eval(present)
-    return [None if part is None else _as_numpy(part) for part in parts]
+
+    def parts(expert: int | None) -> list[Part]:
+        if expert is None:
+            return stacks[0]
+        stack, row = place[expert] if item.apart else (0, expert)
+        return [part if part is None else part[row : row + 1] for part in stacks[stack]]
+
+    return parts
+
+
+def _groups(item: Item, count: int) -> dict[Encoding, list[int]]:
+    """Experts by their encoding."""
+    found: dict[Encoding, list[int]] = {}
+    for expert in range(count):
+        found.setdefault(item.apart.get(expert, item.encoding), []).append(expert)
+    return found
+
+
+def _evaluated(parts: Iterable[mx.array | None]) -> list[Part]:
+    present = list(parts)
+    mx.eval([part for part in present if part is not None])
+    return [None if part is None else _as_numpy(part) for part in present]
 
 
 def _as_numpy(array: mx.array) -> np.ndarray[Any, Any]:

@@ -6,6 +6,7 @@ what the stored numbers mean (that is `squizd.codecs`). A test compares this mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -302,7 +303,7 @@ class Layout:
     raw_size: int
 
 
-def make_layout(tensors: list[tuple[str, str, Encoding, tuple[int, ...]]]) -> Layout:
+def make_layout(tensors: Sequence[tuple[str, str, Encoding, tuple[int, ...]]]) -> Layout:
     """Lay out (name, role, encoding, shape) one after another as one expert record."""
     placed, end = [], 0
     for name, role, encoding, shape in tensors:
