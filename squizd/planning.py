@@ -127,7 +127,7 @@ def measure(
         if zstd:
             bits = [math.ceil(b * min(1.0, share)) for b, share in zip(bits, shares, strict=True)]
         units.append(
-            Unit(c.name, math.prod(c.shape), (*_whole(options, bits, losses), *_divided(options, bits, losses)),
+            Unit(c.name, math.prod(c.shape), (*_whole(options, bits, losses), *divided(options, bits, losses)),
                  c.shape[0] if c.role == "expert" else 0)
         )  # fmt: skip
         mx.clear_cache()
@@ -143,8 +143,8 @@ def _whole(options: Sequence[Encoding], bits: Sequence[int], losses: Floats) -> 
     yield from map(Option, map(_spec, options), bits, losses.sum(axis=1).tolist())
 
 
-def _divided(options: Sequence[Encoding], bits: Sequence[int], losses: Floats) -> Iterator[Option]:
-    """Two encodings of one group size, the wider one for the experts that gain most by it.
+def divided(options: Sequence[Encoding], bits: Sequence[int], losses: Floats) -> Iterator[Option]:
+    """Two encodings of one group size, the wider one for the experts that gain most by it; losses [options, experts].
 
     They are neighbours, for in memory every expert takes the room of the widest.
     """

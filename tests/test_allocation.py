@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CommandLine
 
@@ -14,8 +16,10 @@ import squizd
 from squizd import choosing
 from squizd.allocation import Option, Plan, Unit, allocate, shuffled
 from squizd.checkpoint import open_checkpoint
+from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
 from squizd.inspection import weight_size
+from squizd.planning import divided
 
 
 def units(seed: int, count: int) -> list[Unit]:
@@ -81,6 +85,105 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def encodings_of_experts(f: squizd.File) -> dict[tuple[str, int, str], str]:
+    """By module, expert and tensor."""
+    return {
+        (x.path, expert, t.name): str(t.encoding)
+        for x in f.moe_layers
+        for expert, r in enumerate(f.experts(x.layer))
+        for t in f.layouts[r.layout].tensors
+    }
+
+
+GATE = "model.layers.0.mlp.switch_mlp.gate_proj.weight"
+
+
+def mixed_plan(tiny: Path, path: Path) -> Plan:
+    """All 4g64 but some experts of two projections."""
+    candidates, _, _ = choosing.survey(open_checkpoint(tiny))
+    tensors = {c.name: "4g64" for c in candidates}
+    apart = {GATE: {"2g64": [0, 3], "8g64": [1]}, GATE.replace("gate_proj", "down_proj"): {"3g64": [3, 5]}}
+    plan = Plan(4.0, tensors, {}, apart)
+    plan.save(path)
+    return plan
+
+
+def test_experts_of_a_layer_get_the_encodings_that_the_plan_names(tiny: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+    import numpy as np
+
+    plan = mixed_plan(tiny, tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan") == plan
+    assert "4g64, 2 experts 2g64, 1 experts 8g64" in plan.describe()
+    squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", quantizer="minmax")
+    weights = {k: v for shard in sorted(tiny.glob("*.safetensors")) for k, v in mx.load(str(shard)).items()}
+    with squizd.open(tmp_path / "a") as f:
+        layer = f.moe_layers[0]
+        for expert in range(layer.expert_count):
+            arrays = f.expert_arrays(layer.layer, expert)
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                apart = plan.experts.get(GATE.replace("gate_proj", projection), {})
+                bits = next((int(s[0]) for s, some in apart.items() if expert in some), 4)
+                source = weights[f"model.layers.0.mlp.experts.{expert}.{projection}.weight"]
+                codes, *grids = mx.quantize(source, group_size=64, bits=bits)
+                expected = mx.dequantize(codes, *[g.astype(mx.float32) for g in grids], group_size=64, bits=bits)
+                found = f.layouts[f.expert(layer.layer, expert).layout].tensors
+                (tensor,) = [t for t in found if t.name == f"{projection}.weight"]
+                assert tensor.encoding.bits == bits
+                np.testing.assert_allclose(arrays[tensor.name], np.array(expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("apart", "message"),
+    [
+        ({GATE: {"3g32": [0]}}, "expert 0 cannot be 3g32 beside affine"),
+        ({GATE: {"3g64": [64]}}, "expert 64 cannot be 3g64"),
+        ({GATE: {"keep": [1]}}, "expert 1 cannot be keep"),
+        ({GATE: {"3g64": [1, 1]}}, "holds no plan"),
+        ({GATE: {"3g64": [1], "2g64": [1]}}, "holds no plan"),
+        ({GATE: {"3g64": ["1"]}}, "holds no plan"),
+        ({"elsewhere": {"3g64": [1]}}, "holds no plan"),
+    ],
+)
+def test_experts_that_cannot_be_apart(apart: dict[str, Any], message: str, tiny: Path, tmp_path: Path) -> None:
+    plan = mixed_plan(tiny, tmp_path / "plan")
+    plan.experts = apart
+    plan.save(tmp_path / "plan")
+    with pytest.raises(RecipeError, match=message):
+        squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", quantizer="minmax")
+    assert [p.name for p in tmp_path.iterdir()] == ["plan"]
+
+
+def test_an_override_is_for_all_experts_of_a_plan(tiny: Path, tmp_path: Path) -> None:
+    mixed_plan(tiny, tmp_path / "plan")
+    squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", quantizer="minmax", overrides=["*gate_proj=6g64"])
+    with squizd.open(tmp_path / "a") as f:
+        found = encodings_of_experts(f)
+        bits = {projection: {e.encoding.bits for x in f.layouts for e in x.tensors if e.name == f"{projection}.weight"}
+                for projection in ("gate_proj", "down_proj")}  # fmt: skip
+    assert found
+    assert bits == {"gate_proj": {6}, "down_proj": {3, 4}}
+
+
+def test_the_wider_encoding_goes_where_it_takes_away_most() -> None:
+    source = np.random.default_rng(0)
+    encodings = [Encoding("affine", "bf16", bits, group) for bits in (2, 3, 6) for group in (64, 128)]
+    losses = source.uniform(0.5, 2, (1, 9)) * np.array([[4.0**-e.bits * e.group_size] for e in encodings])
+    losses *= source.uniform(0.9, 1.1, losses.shape)
+    bits = [9000 * e.bits + 100 * 128 // e.group_size for e in encodings]
+    found = list(divided(encodings, bits, losses))
+    pairs = {(o.spec, o.other) for o in found}
+    assert pairs == {("2g64", "3g64"), ("2g128", "3g128"), ("3g64", "6g64"), ("3g128", "6g128")}
+    for option in found:
+        low, high = ([f"{e.bits}g{e.group_size}" for e in encodings].index(s) for s in (option.spec, option.other))
+        count = len(option.experts)
+        best = min(
+            sum(losses[high if e in some else low][e] for e in range(9)) for some in combinations(range(9), count)
+        )
+        assert option.loss == pytest.approx(best, rel=1e-12)
+        assert option.bits == bits[low] + (bits[high] - bits[low]) * count // 9
+
+
 MSE = ["--quantizer", "mse"]  # a twentieth of gptq's time to write a file, where only its encodings matter
 
 
@@ -100,21 +203,19 @@ def test_a_file_has_the_bits_that_were_asked_for_and_its_plan_can_be_replayed(
         others = [t for t, _ in f.residents.values() if t.encoding.mode == "affine"]
         assert len({str(t.encoding) for t in others}) > 2
         assert f.metadata["recipe"]["quantizer"] == quantizer  # gptq, the best that calibration allows, unasked
-        encodings = {(x.path, t.name): str(t.encoding) for x in f.moe_layers
-                     for t in f.layouts[f.expert(x.layer, 0).layout].tensors}  # fmt: skip
+        encodings = encodings_of_experts(f)
         assert len(set(encodings.values())) > 1
         recipe = f.metadata["recipe"]
     cli("compress", tiny, "-o", tmp_path / "b", *options, "--plan", plan).success()
     with squizd.open(tmp_path / "b") as f:
         assert f.metadata["recipe"]["overrides"] == recipe["overrides"]
-        for x in f.moe_layers:
-            for t in f.layouts[f.expert(x.layer, 0).layout].tensors:
-                assert encodings[x.path, t.name] == str(t.encoding)
+        assert encodings_of_experts(f) == encodings
     _, tokenizer = squizd.load(tmp_path / "b", resident="50%")
     assert tokenizer.encode("river")
     facts = json.loads(plan.read_text())
     changed = next(name for name in facts["tensors"] if "down_proj" in name)
     facts["tensors"][changed] = "8g32"
+    facts.get("experts", {}).pop(changed, None)
     plan.write_text(json.dumps(facts))
     cli("compress", tiny, "-o", tmp_path / "c", *options, *MSE, "--plan", plan).success()
     with squizd.open(tmp_path / "c") as f:
@@ -131,7 +232,7 @@ def test_a_target_counts_what_is_stored(tiny: Path, text: Path, tmp_path: Path, 
         assert 3.9 <= weight_size(f).bits_per_weight <= 4
         raw = sum(t.weight_bytes for t, _ in f.residents.values())
         for layer in f.moe_layers:
-            raw += layer.expert_count * sum(t.weight_bytes for t in f.layouts[f.expert(layer.layer, 0).layout].tensors)
+            raw += sum(t.weight_bytes for r in f.experts(layer.layer) for t in f.layouts[r.layout].tensors)
         assert raw * 8 / weight_size(f).parameters > 4.02  # what the codes take once read
 
 
