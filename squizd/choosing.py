@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from .allocation import Plan, Target
 from .checkpoint import Checkpoint
+from .container.plan import check_plan
 from .errors import RecipeError
+from .filing import plan_of_file
 from .guide import Guide
 from .inventory import dtype_of, lay_out
-from .planning import Candidate, make_plan
+from .planning import Candidate, fitted, measure
 from .recipe import make_recipe
 from .workplace import Workplace
 
 Progress = Callable[[int, int], None]
+ZSTD_MARGIN = 0.005  # of a file's size: what is measured on samples of tensors may be off by so much
 SENSITIVITY_WINDOWS = 4  # of calibration text, on which every tensor's divergence is measured
 
 
@@ -30,13 +34,8 @@ def chosen_plan(
     if guide.statistics is None or guide.windows is None:
         raise RecipeError("a target needs calibration text", hint="give some with --calibration")
     candidates, fixed_bits, parameters = survey(checkpoint)
-    bits = target.bits_per_weight
-    if bits is None:
-        assert target.file_bytes is not None
-        # Beside weights a file holds tokenizer, indexes and padding; of the last at most 1 % (`choose_alignment`).
-        beside = sum(map(len, checkpoint.bundle().values())) + (1 << 18)
-        bits = (target.file_bytes * 0.99 - beside) * 8 / parameters
-    kept = work.place("plan", guide.digest(), guide.method, bits, target.zstd, SENSITIVITY_WINDOWS) if work else None
+    wanted = target.bits_per_weight, target.file_bytes, target.zstd
+    kept = work.place("plan", guide.digest(), guide.method, wanted, SENSITIVITY_WINDOWS) if work else None
     made = None
     if kept is not None and kept.exists():
         try:
@@ -44,17 +43,37 @@ def chosen_plan(
         except RecipeError:  # half of it: a machine that went down
             kept.unlink()
     if made is None:
-        made = make_plan(
-            checkpoint, candidates, fixed_bits, parameters, bits, method=guide.method, statistics=guide.statistics,
+        units = measure(
+            checkpoint, candidates, method=guide.method, statistics=guide.statistics,
             windows=guide.windows[:SENSITIVITY_WINDOWS], zstd=target.zstd, progress=progress,
             folder=work.folder if work else None,
         )  # fmt: skip
+        if target.bits_per_weight is not None:
+            made = fitted(units, fixed_bits, parameters, int(target.bits_per_weight * parameters))
+        else:
+            made = _of_size(checkpoint, guide, target, lambda bits: fitted(units, fixed_bits, parameters, bits))
         if work is not None and kept is not None:
             work.make()
             made.save(kept)
     if target.save is not None:
         made.save(target.save)
     return made
+
+
+def _of_size(checkpoint: Checkpoint, guide: Guide, target: Target, fit: Callable[[int], Plan]) -> Plan:
+    """The plan of the most bits whose file, with all that is beside weights in it, has the size asked for at most."""
+    assert target.file_bytes is not None
+    size = int(target.file_bytes * (1 - ZSTD_MARGIN)) if target.zstd else target.file_bytes
+    beside = 0
+    while True:  # what is beside weights depends a little on their encodings: how records fill their places
+        made = fit(8 * (size - beside))
+        recipe = replace(make_recipe("mixed", made.overrides()), name=target.name)
+        _, job = lay_out(checkpoint, recipe)
+        whole = plan_of_file(checkpoint, job, recipe, guide.method, target.zstd, guide)
+        needed = check_plan(whole, str(checkpoint.folder)) - job.weight_bytes()
+        if needed <= beside:
+            return made
+        beside = needed
 
 
 def survey(checkpoint: Checkpoint) -> tuple[list[Candidate], int, int]:

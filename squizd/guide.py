@@ -69,6 +69,8 @@ class Guide:
         """What follows are tensors of this expert module, or of none that comes before it in the model."""
         self._here = self._kept = None
         self._stored = {}
+        if self.statistics is not None:
+            self.statistics.products.clear()  # of tensors in constant use, which come before all experts
         while self._inputs is not None and (self._here is None or self._here.path != module):
             self._here = next(self._inputs)
 

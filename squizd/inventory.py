@@ -60,6 +60,12 @@ class Inventory:
     quantizable: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
 
+    def weight_bytes(self) -> int:
+        """What all tensors take as they are stored, without padding."""
+        items = [(item, 1) for item in self.residents]
+        items += [(item, self.counts[path]) for path, group in self.experts.items() for item in group]
+        return sum(count * sum(item.encoding.part_sizes(item.shape)) for item, count in items)
+
     def starts(self) -> dict[str, int]:
         """By expert module, the number of its first record."""
         found, at = dict[str, int](), len(self.residents)

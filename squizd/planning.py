@@ -77,20 +77,12 @@ def bits_of(encoding: Encoding, shape: tuple[int, ...]) -> int:
     return 8 * sum(encoding.part_sizes(shape))
 
 
-def make_plan(
-    checkpoint: Checkpoint, candidates: Sequence[Candidate], fixed_bits: int, parameters: int, bits_per_weight: float,
-    *, method: str, statistics: Statistics, windows: Sequence[Sequence[int]], zstd: bool = False,
-    progress: Progress | None = None, folder: Folder = None,
-) -> Plan:  # fmt: skip
-    """The plan of least expected loss with at most `bits_per_weight`.
+def fitted(units: Sequence[Unit], fixed_bits: int, parameters: int, bits: int) -> Plan:
+    """The plan of least expected loss that stores at most `bits`; RecipeError if that is out of reach.
 
-    `fixed_bits`: what is stored beside the candidates; `parameters`: of all weights. With `zstd` tensors count as
-    compressed. Raises RecipeError if the target is out of reach.
+    `fixed_bits`: what is stored beside the units; `parameters`: of all weights.
     """
-    units = measure(checkpoint, candidates, method=method, statistics=statistics, windows=windows, zstd=zstd,
-                    progress=progress, folder=folder)  # fmt: skip
-    chosen = allocate(units, int(bits_per_weight * parameters) - fixed_bits)
-    return as_plan(units, chosen, fixed_bits, parameters)
+    return as_plan(units, allocate(units, bits - fixed_bits), fixed_bits, parameters)
 
 
 def as_plan(units: Sequence[Unit], chosen: Sequence[Option], fixed_bits: int, parameters: int) -> Plan:

@@ -26,7 +26,7 @@ from .scratch import Folder, Scratch
 from .single import Unpacking, separate
 from .weights import read as read_weights
 
-BATCH_TOKENS = 2048  # computed at once: bounds the work space of a layer
+BATCH_TOKENS = 1024  # computed at once: bounds the work space of a layer
 BATCH_TOKENS_CUDA = 16384
 
 
@@ -146,7 +146,7 @@ class Walk:
         self.read_rest()  # lets go of the embedding
         for position, layer in enumerate(self._modules):
             path = f"{self.root}.{position}"
-            device.trim()  # what a tokenizer, the last layer and looking at it left behind
+            device.trim()  # what a tokenizer, or whoever looked at the last layer, left behind
             self._fill(layer, path)
             for visitor in visitors:
                 visitor.enter(path, layer)
@@ -158,6 +158,7 @@ class Walk:
             del state
             for visitor in visitors:
                 visitor.leave(path, layer)
+            device.trim()
             yield path, layer
             for module in layer.modules():  # whoever still knows the layer keeps no weights alive
                 for name in [name for name, value in module.items() if isinstance(value, mx.array)]:

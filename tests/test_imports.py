@@ -61,7 +61,9 @@ ALLOWED = {
     },
     "inventory": {"architecture", "checkpoint", "container", "recipe", "weights"},
     "storing": {"checkpoint", "container", "guide", "hub", "inventory", "streaming"},
-    "choosing": {"allocation", "checkpoint", "guide", "inventory", "planning", "recipe", "workplace"},
+    "choosing": {
+        *("allocation", "checkpoint", "container", "filing", "guide", "inventory", "planning", "recipe", "workplace"),
+    },
     "filing": {"architecture", "checkpoint", "container", "guide", "inventory", "recipe"},
     "compression": {
         *("allocation", "checkpoint", "choosing", "container", "filing", "guide", "inspection", "inventory"),

@@ -173,8 +173,8 @@ def _entry(kind: bytes, offset: int, stored_size: int, raw_size: int, codec: int
     return kind, flags, offset, stored_size, raw_size, codec, b"", digest, b""
 
 
-def check_plan(plan: Plan, path: str) -> None:
-    """Raises OutputError if the plan makes no valid file, whatever the values: before any work is done."""
+def check_plan(plan: Plan, path: str) -> int:
+    """The file's size if no record gets smaller; OutputError if the plan makes no valid file, whatever the values."""
     if not plan.residents:
         raise OutputError(f"cannot write {path}: a file holds at least one resident tensor")
     head = HeadPlan(plan)
@@ -193,6 +193,7 @@ def check_plan(plan: Plan, path: str) -> None:
         head.appendices[kind] = start, len(content), len(content), L.RAW, 0
         end = start + len(content)
     head.check(head.assemble(end), end, path)
+    return end
 
 
 def _put_record(r: Any, offset: int, size: int, layout: int) -> int:

@@ -38,6 +38,8 @@ DAMPING: Final = 0.1  # of the mean square input, added to every one: limits how
 BLOCK: Final = 32  # columns between two matrix products
 PASSES: Final = 4  # times step 3: the third and fourth add 0.03 dB together
 SEARCH: Final = Plan(3, 0.6, (0.2,))  # 17 grids instead of 41: with step 3, the rest of the search is worth 0.02 dB
+REFIT_BYTES: Final = 1 << 25  # of the equations of step 3 that are solved at once, which takes six times as much
+REFIT_BYTES_GPU: Final = 1 << 30
 THREADS: Final = min(8, os.cpu_count() or 1)  # each holds three matrices in float64
 
 
@@ -164,8 +166,10 @@ def _feedback(h: np.ndarray) -> tuple[mx.array, mx.array]:
 
     def factor(i: int) -> None:
         upper = np.linalg.cholesky(h[i, ::-1, ::-1].astype(np.float64))[::-1, ::-1]  # h = upper upperᵀ
-        diagonal = np.diagonal(upper)
-        unit[i], cost[i] = np.triu(upper / diagonal, 1), diagonal**2
+        diagonal = np.diagonal(upper).copy()
+        upper /= diagonal
+        unit[i], cost[i] = upper, diagonal**2
+        np.fill_diagonal(unit[i], 0)
 
     _on_threads(factor, len(h))
     return mx.array(unit), mx.array(cost)
@@ -273,7 +277,23 @@ def _error(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, group:
 
 
 def _refit(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, encoding: Encoding, short: bool) -> Grids:
-    """Step 3: changes of all scales and biases of each row that leave the least output error, for these codes."""
+    """Step 3: scales and biases, all of a row together, that leave the least output error for these codes."""
+    stack, width, out = columns.shape
+    most = REFIT_BYTES if on_cpu() else REFIT_BYTES_GPU
+    size = max(1, most // (4 * stack * (2 * width // encoding.group_size) ** 2))
+    made = []
+    for start in range(0, out, size):
+        rows = slice(start, start + size)
+        own = Grids(grids.scales[..., rows], grids.biases[..., rows])
+        made.append(_refit_rows(columns[..., rows], codes[..., rows], own, h, encoding, short))
+        mx.eval(made)
+    return Grids(*(mx.concatenate(list(parts), axis=2) for parts in zip(*made, strict=True)))
+
+
+def _refit_rows(
+    columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, encoding: Encoding, short: bool
+) -> Grids:
+    """The same for rows few enough that their systems of equations fit into memory."""
     stack, width, out = columns.shape
     group = encoding.group_size
     groups = width // group
@@ -295,8 +315,9 @@ def _refit(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, encodi
 
     def solve(i: int) -> None:
         matrix = matrices[i].transpose(2, 0, 1).astype(np.float64)  # [out, 2g, 2g]
-        ridge = 1e-6 * np.trace(matrix, axis1=-2, axis2=-1)[:, None, None] / (2 * groups) + 1e-30
-        solved[i] = np.linalg.solve(matrix + ridge * np.eye(2 * groups), targets[i].T[..., None])[..., 0].T
+        diagonal = np.einsum("oii->oi", matrix)  # a view
+        diagonal += 1e-6 * diagonal.sum(axis=-1, keepdims=True) / (2 * groups) + 1e-30
+        solved[i] = np.linalg.solve(matrix, targets[i].T[..., None])[..., 0].T
 
     _on_threads(solve, stack)
     change = mx.array(solved)
