@@ -202,8 +202,9 @@ def _importing() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
-        gc.unfreeze()  # into the oldest generation, as if they had been searched
+        if not gc.get_freeze_count():  # what the caller froze stays frozen
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation, as if they had been searched
         if enabled:
             gc.enable()
 
