@@ -2,7 +2,8 @@
 
     python benchmarks/compress.py --model CHECKPOINT --calibration TEXT
 
-Whole processes, in turns. Peak memory is the process's maximum resident set size; allowed are the tensors of the
+Whole processes, in turns, whose bytecode is there as after an installation. CPU time, which other work on the machine
+changes less, is told too. Peak memory is the process's maximum resident set size; allowed are the tensors of the
 largest layer and 1 GB. Each killed run is started again until it ends; the bytes must be those of an undisturbed run.
 With calibration text all of that for `--quantizer gptq --target-bpw 4.5` too. One JSON line; exits 1 if bytes differ,
 if a reader accepts what a killed run left, or if a run takes more memory.
@@ -11,6 +12,7 @@ if a reader accepts what a killed run left, or if a run takes more memory.
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
@@ -27,15 +29,15 @@ import squizd
 from squizd.checkpoint import open_checkpoint
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a whole process."""
+def timed(command: list[str]) -> tuple[float, float, int]:
+    """(seconds, CPU seconds, peak resident bytes) of a whole process."""
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     assert child.returncode == 0, command
     scale = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - began, usage.ru_maxrss * scale
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale
 
 
 def largest_layer(model: str) -> int:
@@ -93,6 +95,8 @@ def main() -> None:
     parser.add_argument("--calibration", help="text: measure a calibrated run as well")
     parser.add_argument("--windows", type=int, default=256, help="of calibration text (default: %(default)s)")
     args = parser.parse_args()
+    # What an installation does; else each process of ours would do it again where bytecode is not written.
+    compileall.compile_dir(Path(squizd.__file__).parent, quiet=1)
     with tempfile.TemporaryDirectory() as name:
         output, folder = f"{name}/model.squizd", Path(name) / "mlx"
         ours = ["squizd.cli", "compress", args.model, "-o", output, "--force"]
@@ -107,6 +111,7 @@ def main() -> None:
         if args.calibration is None:
             del sides["gptq"]
         times: dict[str, list[float]] = {side: [] for side in sides}
+        cpu_times: dict[str, list[float]] = {side: [] for side in sides}
         peaks: dict[str, int] = dict.fromkeys(sides, 0)
         digests: dict[str, str] = {}
         for number in range(args.repeats):
@@ -114,14 +119,16 @@ def main() -> None:
                 if side == "gptq" and number:
                     continue
                 shutil.rmtree(folder, ignore_errors=True)
-                seconds, memory = timed(command)
+                seconds, cpu_seconds, memory = timed(command)
                 times[side].append(seconds)
+                cpu_times[side].append(cpu_seconds)
                 peaks[side] = max(peaks[side], memory)
                 if side != "mlx_lm":
                     digests[side] = sha256(output)
         median = {side: statistics.median(values) for side, values in times.items()}
         ratios = {
-            f"{side} / mlx_lm": statistics.median(a / b for a, b in zip(times[side], times["mlx_lm"], strict=True))
+            f"{side} / mlx_lm{what}": statistics.median(a / b for a, b in zip(of[side], of["mlx_lm"], strict=True))
+            for what, of in (("", times), (" (CPU)", cpu_times))
             for side in ("minmax", "mse")
         }
         os.remove(output)

@@ -197,12 +197,15 @@ def _hashing(checkpoint: Checkpoint) -> Iterator[Future[list[dict[str, Any]]]]:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Without the garbage collector, which takes a tenth of a large import and finds nothing."""
+    """Without the garbage collector, which takes a tenth of a large import and finds nothing, then or soon after."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # what the caller froze stays frozen
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation, as if they had been searched
         if enabled:
             gc.enable()
 

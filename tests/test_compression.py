@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -662,6 +663,18 @@ def test_a_config_that_does_not_fit_is_an_error(changes: dict[str, Any], says: s
         squizd.compress(checkpoint, checkpoint / "x.squizd")
     assert says in str(caught.value)
     assert str(checkpoint) in str(caught.value)
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_the_garbage_collector_is_left_as_the_caller_had_it(freezes: bool, tiny: Path, tmp_path: Path) -> None:
+    gc.unfreeze()
+    if freezes:
+        gc.freeze()
+    squizd.compress(tiny, tmp_path / "x.squizd", quantizer="minmax")
+    kept = gc.get_freeze_count()
+    gc.unfreeze()
+    assert gc.isenabled()
+    assert (kept > 0) == freezes
 
 
 def test_unknown_recipes_and_quantizers_are_refused_before_any_work(tmp_path: Path) -> None:
