@@ -19,7 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def plans(args: argparse.Namespace, seed: int, target: float, zstd: bool) -> dic
     if zstd:
         return {"zstd": planning.as_plan(units, chosen, fixed, parameters)}
     dealt = allocation.shuffled(units, chosen, seed)
-    undivided = [replace(u, options=tuple(o for o in u.options if not o.experts)) for u in units]
+    undivided = list(map(allocation.undivided, units))
     return {
         "layers": planning.as_plan(undivided, allocation.allocate(undivided, budget), fixed, parameters),
         "allocated": planning.as_plan(units, chosen, fixed, parameters),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .errors import OutputError, RecipeError
-from .recipe import Recipe, Spec, parse_spec
+from .recipe import Recipe, make_recipe, parse_spec
 
 BUCKETS = 1 << 16
 
@@ -29,7 +29,8 @@ BUCKETS = 1 << 16
 class Target:
     """What a plan is for: one of bits per weight, bytes of the file, and a plan that was saved; or nothing.
 
-    Raises RecipeError for more than one. `save` names a file to write the plan to; with `zstd` compressed bytes count.
+    Raises RecipeError for more than one. `save` names a file to write the plan to; with `zstd` compressed bytes count;
+    `alike` gives all experts of a projection one encoding.
     """
 
     bits_per_weight: float | None = None
@@ -37,6 +38,7 @@ class Target:
     saved: str | os.PathLike[str] | None = None
     save: str | os.PathLike[str] | None = None
     zstd: bool = False
+    alike: bool = False
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.bits_per_weight, self.file_bytes, self.saved)) > 1:
@@ -74,6 +76,11 @@ class Unit:
     experts: int = 0
 
 
+def undivided(unit: Unit) -> Unit:
+    """Without the options that give experts different encodings."""
+    return replace(unit, options=tuple(option for option in unit.options if not option.experts))
+
+
 @dataclass
 class Plan:
     """What was chosen: encodings by tensor name. `bits_per_weight` counts everything stored.
@@ -86,17 +93,16 @@ class Plan:
     expected: dict[str, float] = field(default_factory=dict)
     experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
-    def overrides(self) -> list[str]:
-        """As `recipe.make_recipe` takes them."""
-        return [f"{name}={spec}" for name, spec in self.tensors.items()]
-
-    def apart(self, given: Recipe) -> dict[str, dict[int, Spec]]:
-        """`experts` as a recipe has them, but for tensors that `given` has an override for."""
-        return {
-            name: {expert: parse_spec(spec) for spec, some in apart.items() for expert in some}
-            for name, apart in self.experts.items()
-            if given.override(name) is None
+    def recipe(self, name: str, overrides: Sequence[str] = ()) -> Recipe:
+        """As a recipe of this name; `overrides` go before the plan, for all experts of a tensor."""
+        before = make_recipe("mixed", overrides)
+        apart = {
+            tensor: {expert: parse_spec(spec) for spec, some in apart.items() for expert in some}
+            for tensor, apart in self.experts.items()
+            if before.override(tensor) is None
         }
+        planned = make_recipe("mixed", [*(f"{tensor}={spec}" for tensor, spec in self.tensors.items()), *overrides])
+        return replace(planned, name=name, apart=apart)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, to read, edit and replay; OutputError if that fails."""

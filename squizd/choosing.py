@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
-from .allocation import Plan, Target
+from .allocation import Plan, Target, undivided
 from .checkpoint import Checkpoint
 from .container.plan import check_plan
 from .errors import RecipeError
@@ -34,7 +33,7 @@ def chosen_plan(
     if guide.statistics is None or guide.windows is None:
         raise RecipeError("a target needs calibration text", hint="give some with --calibration")
     candidates, fixed_bits, parameters = survey(checkpoint)
-    wanted = target.bits_per_weight, target.file_bytes, target.zstd
+    wanted = target.bits_per_weight, target.file_bytes, target.zstd, target.alike
     kept = work.place("plan", guide.digest(), guide.method, wanted, SENSITIVITY_WINDOWS) if work else None
     made = None
     if kept is not None and kept.exists():
@@ -48,6 +47,8 @@ def chosen_plan(
             windows=guide.windows[:SENSITIVITY_WINDOWS], zstd=target.zstd, progress=progress,
             folder=work.folder if work else None,
         )  # fmt: skip
+        if target.alike:
+            units = [undivided(unit) for unit in units]
         if target.bits_per_weight is not None:
             made = fitted(units, fixed_bits, parameters, int(target.bits_per_weight * parameters))
         else:
@@ -67,7 +68,7 @@ def _of_size(checkpoint: Checkpoint, guide: Guide, target: Target, fit: Callable
     beside = 0
     while True:  # what is beside weights depends a little on their encodings: how records fill their places
         made = fit(8 * (size - beside))
-        recipe = replace(make_recipe("mixed", made.overrides()), name=target.name)
+        recipe = made.recipe(target.name)
         _, job = lay_out(checkpoint, recipe)
         whole = plan_of_file(checkpoint, job, recipe, guide.method, target.zstd, guide)
         needed = check_plan(whole, str(checkpoint.folder)) - job.weight_bytes()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -44,13 +44,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Summary:
-    """What `compress` did. Sizes in bytes; `unquantized` names tensors whose rows fit no group."""
+    """What `compress` did. Sizes in bytes; `unquantized` names tensors whose rows fit no group.
+
+    `memory_bits_per_weight`: of the model once read, where records are not compressed and experts of a layer have equal
+    room.
+    """
 
     path: str
     source_bytes: int
     file_bytes: int
     parameters: int
     bits_per_weight: float
+    memory_bits_per_weight: float
     seconds: float
     resumed: int
     unquantized: tuple[str, ...]
@@ -73,6 +78,7 @@ def compress(
     target_size: int | None = None,
     plan: str | os.PathLike[str] | None = None,
     save_plan: str | os.PathLike[str] | None = None,
+    alike: bool = False,
     keep_source: bool = False,
     progress: Progress | None = None,
     preparing: Progress | None = None,
@@ -86,18 +92,20 @@ def compress(
     bytes of the file, `preparing` layers that were calibrated. `target_bpw` (bits per weight) or `target_size` (bytes
     of the file) lets measured divergences choose every tensor's bits and group size, which takes calibration text, and
     counts what is stored, so `zstd` leaves more bits to choose (for its sake scales and biases that are fitted to text
-    have few digits); `save_plan` writes what was chosen, `plan` does as such a file says. The same source and arguments
-    give the same bytes; an interrupted run leaves `output`.partial (and
-    `output`.work: what it learned from text), and the same call goes on from there. A source that is quantized for MLX
-    passes untouched, whatever the recipe. A repository is fetched shard by shard and not kept, unless `keep_source`
-    puts it into the hub's cache; so do `zstd` and calibration, which read it in another order or more than once.
+    have few digits). Experts of a projection may get two widths: in memory each takes the room of the wider one, unless
+    `alike` forbids it. `save_plan` writes what was chosen, `plan` does as such a file says.
+
+    The same source and arguments give the same bytes; an interrupted run leaves `output`.partial (and `output`.work:
+    what it learned from text), and the same call goes on from there. A source that is quantized for MLX passes
+    untouched, whatever the recipe. A repository is fetched shard by shard and not kept, unless `keep_source` puts it
+    into the hub's cache; so do `zstd` and calibration, which read it in another order or more than once.
     Raises SourceError, RecipeError, TextError, OutputError.
     """
     started = time.perf_counter()
     path = os.fspath(output)
     work = Workplace(path)
     chosen, method = make_recipe(recipe, overrides), _method(quantizer, calibration)
-    target = Target(target_bpw, target_size, plan, save_plan, zstd)
+    target = Target(target_bpw, target_size, plan, save_plan, zstd, alike)
     check_target(path, force)
     several_passes = keep_source or zstd or calibration is not None
     checkpoint = open_checkpoint(source, revision, None if several_passes else work.folder)
@@ -117,8 +125,7 @@ def compress(
             from .choosing import chosen_plan
 
             made = chosen_plan(checkpoint, guide, target, preparing, work)
-            planned = make_recipe("mixed", [*made.overrides(), *overrides])
-            chosen = replace(planned, name=target.name, apart=made.apart(chosen))
+            chosen = made.recipe(target.name, overrides)
         weights, job = lay_out(checkpoint, chosen)
         whole = plan_of_file(checkpoint, job, chosen, method, zstd, guide)
         with Writer(path, whole) as writer:
@@ -142,6 +149,7 @@ def compress(
         file_bytes,
         size.parameters,
         size.bits_per_weight,
+        8 * job.weight_bytes(widest=True) / size.parameters,
         time.perf_counter() - started,
         resumed,
         tuple(job.unquantized),
@@ -159,12 +167,14 @@ def plan(
     target_size: int | None = None,
     plan: str | os.PathLike[str] | None = None,
     save_plan: str | os.PathLike[str] | None = None,
+    alike: bool = False,
     zstd: bool = False,
     revision: str | None = None,
     preparing: Progress | None = None,
 ) -> TensorPlan:
     """What `compress` with these arguments would choose; writes nothing but `save_plan` and `statistics`."""
-    method, target = _method(quantizer, calibration), Target(target_bpw, target_size, plan, save_plan, zstd)
+    method = _method(quantizer, calibration)
+    target = Target(target_bpw, target_size, plan, save_plan, zstd, alike)
     if not target.name:
         raise RecipeError("there is nothing to plan", hint="give --target-bpw, --target-size or --plan")
     checkpoint = open_checkpoint(source, revision)

@@ -60,11 +60,15 @@ class Inventory:
     quantizable: list[str] = field(default_factory=list)
     unquantized: list[str] = field(default_factory=list)
 
-    def weight_bytes(self) -> int:
-        """What all tensors take as they are stored, without padding."""
-        items = [(item, 1) for item in self.residents]
-        items += [(item, self.counts[path]) for path, group in self.experts.items() for item in group]
-        return sum(count * sum(item.encoding.part_sizes(item.shape)) for item, count in items)
+    def weight_bytes(self, widest: bool = False) -> int:
+        """What all tensors take as they are stored, without padding; or with every expert in the widest encoding."""
+        items = [(item, item.encoding) for item in self.residents]
+        for path, group in self.experts.items():
+            for item in group:
+                some = [item.apart.get(expert, item.encoding) for expert in range(self.counts[path])]
+                most = max(some, key=lambda encoding: encoding.bits)
+                items += [(item, most if widest else encoding) for encoding in some]
+        return sum(sum(encoding.part_sizes(item.shape)) for item, encoding in items)
 
     def starts(self) -> dict[str, int]:
         """By expert module, the number of its first record."""

@@ -32,6 +32,9 @@ _KNOWN_RECIPES = "int8, int4, int3, int2, mixed (experts 4, rest 8), mixed3, mix
 @click.option("--target-bpw", type=click.FloatRange(min=1, max=16), metavar="BITS",
               help="Choose encodings for this many stored bits per weight; needs --calibration.")  # fmt: skip
 @click.option("--target-size", metavar="SIZE", help="The same for a file of at most this size, as 16GB.")
+@click.option("--alike", is_flag=True,
+              help="With a target, one encoding for all experts of a layer: more loss in a file of that size, but no "
+                   "more bits in memory than in the file.")  # fmt: skip
 @click.option("--plan", metavar="FILE", help="Encodings by tensor, as --save-plan wrote them and you may have edited.")
 @click.option("--save-plan", metavar="FILE", help="Write the encodings that were chosen.")
 @click.option("--plan-only", is_flag=True, help="Print the plan and stop.")
@@ -75,7 +78,7 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_o
     options["preparing"] = preparing
     if plan_only:
         wanted = ("quantizer", "calibration", "statistics", "target_bpw", "target_size", "plan", "save_plan",
-                  "zstd", "revision", "preparing")  # fmt: skip
+                  "alike", "zstd", "revision", "preparing")  # fmt: skip
         made = run_plan(source, **{key: options[key] for key in wanted})
         calibrating.close()
         click.echo(json.dumps(asdict(made)) if as_json else made.describe())
@@ -100,7 +103,10 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_o
             f"not quantized, their rows fit no group: {len(s.unquantized)} tensors ({s.unquantized[0]}, ...)", err=True
         )
     resumed = f", resumed after {s.resumed} records" if s.resumed else ""
+    memory = (
+        "" if s.memory_bits_per_weight <= s.bits_per_weight + 0.01 else f" ({s.memory_bits_per_weight:.3f} in memory)"
+    )
     click.echo(
         f"{s.path}: {size(s.source_bytes)} -> {size(s.file_bytes)}, {s.parameters / 1e6:,.1f} M parameters, "
-        f"{s.bits_per_weight:.3f} bits per weight, {s.seconds:.1f} s{resumed}"
+        f"{s.bits_per_weight:.3f} bits per weight{memory}, {s.seconds:.1f} s{resumed}"
     )
