@@ -29,10 +29,11 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from . import corpus as corpora
 from .architecture import expert_modules
-from .backend import on_cpu
+from .backend import on_cpu, on_cuda
 from .checkpoint import Checkpoint
 from .corpus import Corpus
 from .errors import OutputError, SourceError, TextError
+from .quantizers import cuda
 from .scratch import Folder, Scratch
 from .single import alone
 from .walk import Walk
@@ -487,6 +488,10 @@ def _left_by_feedback(hessians: mx.array | Floats) -> float:
     h = np.array(hessians, copy=False)
     diagonal = np.einsum("eii->ei", h).astype(np.float64)
     left = 0.0
+    if on_cuda() and h.shape[-1] % cuda.BLOCK == 0:
+        damping = (0.01 * float(diagonal.mean()) + 1e-30) * mx.eye(h.shape[-1])
+        left = float(cuda.factors(mx.array(h) + damping)[1].sum())
+        h = h[:0]
     for one in h:
         damped = one[::-1, ::-1].astype(np.float64)
         damped[np.diag_indices(len(damped))] += 0.01 * diagonal.mean() + 1e-30
