@@ -6,7 +6,8 @@
 Writes a Qwen3-30B-A3B-shaped bf16 checkpoint of so many layers into FOLDER/source (or takes the one that is
 there), with random weights of plausible size and the fixture's tokenizer. Each side is a process of its own; peak
 memory is its maximum resident set size, `mlx_peak_bytes` what MLX had allocated at most (on a GPU not part of the
-former). One JSON line for the checkpoint and one for each side.
+former). One JSON line for the checkpoint and one for each side; `steps` are [what, done, total, seconds since the
+imports began] of layers calibrated, then of those measured, and bytes written, for what many layers would take.
 """
 
 from __future__ import annotations
@@ -31,11 +32,24 @@ ROOT = Path(__file__).parent.parent
 SHARD_BYTES = 4_000_000_000
 POOL = 1 << 26  # random values that tensors are cut from: the same run of them never starts two tensors
 SIDES = ("mlx_lm", "minmax", "mse", "gptq")
-# Runs a module as a program, then says what MLX allocated at most.
+# Runs a module as a program, then says what MLX allocated at most, and of squizd's when it was where.
 DRIVER = """
 import atexit, runpy, sys
 import mlx.core as mx
 peak, module = sys.argv[1:3]
+if module == "squizd.cli":
+    import json, time
+    from squizd import compression
+    began, noted, real = time.time(), [], compression.compress
+    def note(what, done, total):
+        if what != "write" or not noted or noted[-1][0] != what or time.time() - began > noted[-1][3] + 1:
+            noted.append((what, done, total, round(time.time() - began, 2)))
+            open(peak + ".steps", "w").write(json.dumps(noted))
+    def compress(*args, progress, preparing, **options):
+        found = real(*args, progress=lambda *x: note("write", *x), preparing=lambda *x: note("layer", *x), **options)
+        note("end", 1, 1)
+        return found
+    compression.compress = compress
 atexit.register(lambda: open(peak, "w").write(str(mx.get_peak_memory())))
 sys.argv[:] = [module, *sys.argv[3:]]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -144,7 +158,9 @@ def calibration_text(path: Path) -> None:
 def timed(module: str, arguments: list[str], folder: Path) -> dict[str, object]:
     """Seconds, peak resident bytes and MLX's peak of a whole process; what it said last if it failed."""
     peak = folder / "peak"
-    peak.unlink(missing_ok=True)
+    steps = folder / "peak.steps"
+    for path in (peak, steps):
+        path.unlink(missing_ok=True)
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
         child = subprocess.Popen(
@@ -162,6 +178,7 @@ def timed(module: str, arguments: list[str], folder: Path) -> dict[str, object]:
         "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "mlx_peak_bytes": int(peak.read_text()) if peak.exists() else None,
         "exit": child.returncode,
+        **({"steps": json.loads(steps.read_text())} if steps.exists() else {}),
         **({"said": said[-2000:]} if child.returncode else {}),
     }
 
@@ -207,6 +224,7 @@ def main() -> None:
         "mse": ("squizd.cli", [*compress, "--quantizer", "mse"]),
         "gptq": ("squizd.cli", [*compress, "--quantizer", "gptq", "--target-bpw", str(args.target_bpw), *amount]),
     }
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command does, but here NumPy is imported before it
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     failed = False
     for side in args.sides.split(","):

@@ -27,6 +27,7 @@ import mlx.core as mx
 from . import inspection
 from .allocation import Plan as TensorPlan
 from .allocation import Target
+from .backend import on_cuda
 from .checkpoint import Checkpoint, open_checkpoint
 from .container import Writer
 from .container import open as open_file
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .guide import Calibration
 
 Progress = Callable[[int, int], None]
+CACHE_CUDA = 1 << 32  # there giving memory back makes the GPU wait, and taking it is slow
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _importing() -> Iterator[None]:
 @contextmanager
 def _little_kept() -> Iterator[None]:
     """MLX gives memory back to the system instead of keeping it for later."""
-    old_limit = mx.set_cache_limit(1 << 26)
+    old_limit = mx.set_cache_limit(CACHE_CUDA if on_cuda() else 1 << 26)
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 BATCH_BYTES = 1 << 24  # of one batch of experts' Hessians in float32; GPTQ holds about ten times as much
 KEPT_BYTES = 1 << 27  # of all experts' Hessians of one module, if they are kept for the next projection
-BATCH_BYTES_CUDA, KEPT_BYTES_CUDA = 1 << 28, 1 << 32  # in the GPU's own memory, where small batches take long
+BATCH_BYTES_CUDA, KEPT_BYTES_CUDA = 1 << 28, 1 << 30  # in the GPU's own memory, where small batches take long
 
 
 @dataclass(frozen=True)

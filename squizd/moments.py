@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .backend import on_cpu
+from .backend import on_cpu, on_cuda
+from .quantizers import cuda
 
 
 def products(x: mx.array, y: mx.array | None = None) -> mx.array:
@@ -27,6 +28,10 @@ def left_by_feedback(hessians: mx.array | npt.NDArray[np.float32]) -> float:
     h = np.array(hessians, copy=False)
     diagonal = np.einsum("eii->ei", h).astype(np.float64)
     left = 0.0
+    if on_cuda() and h.shape[-1] % cuda.BLOCK == 0:
+        damping = (0.01 * float(diagonal.mean()) + 1e-30) * mx.eye(h.shape[-1])
+        left = float(cuda.factors(mx.array(h) + damping)[1].sum())
+        h = h[:0]
     for one in h:
         damped = one[::-1, ::-1].astype(np.float64)
         damped[np.diag_indices(len(damped))] += 0.01 * diagonal.mean() + 1e-30

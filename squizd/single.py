@@ -14,9 +14,12 @@ import mlx.nn as nn
 import numpy as np
 
 from .architecture import expert_modules
+from .backend import on_cuda
 from .container.layout import Encoding
 from .quantizers import Quantized
 from .runtime import device
+
+TOGETHER_CUDA = 8  # experts computed before the next are asked for, which a GPU waits for
 
 
 @dataclass
@@ -112,11 +115,13 @@ def _each(module: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
     order = np.argsort(chosen, kind="stable")
     experts, starts = np.unique(chosen[order], return_index=True)
     outs = []
-    for expert, rows in zip(experts.tolist(), np.split(order, starts[1:]), strict=True):
+    together = TOGETHER_CUDA if on_cuda() else 1
+    for number, (expert, rows) in enumerate(zip(experts.tolist(), np.split(order, starts[1:]), strict=True)):
         inputs = mx.take(flat, mx.array((rows // k).astype(np.int32)), axis=0)
         out = alone(module, expert)(inputs, mx.zeros((len(rows), 1), mx.uint32))
-        mx.eval(out)  # one expert's wide weights at a time
         outs.append(out.reshape(len(rows), -1))
+        if number % together == 0:
+            mx.eval(outs[-together:])  # one expert's wide weights at a time
     back = np.empty(len(order), np.int32)
     back[order] = np.arange(len(order), dtype=np.int32)
     joined = mx.concatenate(outs)

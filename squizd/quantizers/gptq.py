@@ -28,9 +28,10 @@ from typing import Final, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from squizd.backend import on_cpu
+from squizd.backend import on_cpu, on_cuda
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
+from squizd.quantizers import cuda
 from squizd.quantizers.mse import Plan, mse
 from squizd.quantizers.packing import DTYPES, Quantized, pack, short_grids
 
@@ -84,7 +85,7 @@ def gptq(w: mx.array, encoding: Encoding, hessian: mx.array | None, short: bool 
     ordered = mx.take_along_axis(mx.take_along_axis(h, by_column[:, :, None], axis=1), by_column[:, None, :], axis=2)
     del h
     columns = mx.take_along_axis(mx.swapaxes(stack, 1, 2), by_column[:, :, None], axis=1)  # [stack, in, out]
-    feedback, cost = _feedback(np.array(ordered, copy=False))
+    feedback, cost = cuda.factors(ordered) if on_cuda() else _feedback(np.array(ordered, copy=False))
     codes, grids = _round(columns, feedback, cost, encoding, short)
     error = _error(columns, codes, grids, ordered, group)
 
@@ -119,6 +120,8 @@ def shifted(w: mx.array, hessian: mx.array, pull: mx.array) -> mx.array:
     Returns:
         float32, of w's shape, evaluated.
     """
+    if on_cuda() and w.shape[-1] % cuda.BLOCK == 0:
+        return _shifted_on_cuda(w, hessian, pull)
     wide, h, p = (np.array(x.astype(mx.float32), copy=False) for x in (w, hessian, pull))
     found = wide.reshape(-1, *w.shape[-2:]).copy()
     h, p = h.reshape(-1, *h.shape[-2:]), p.reshape(-1, *p.shape[-2:])
@@ -132,6 +135,15 @@ def shifted(w: mx.array, hessian: mx.array, pull: mx.array) -> mx.array:
 
     _on_threads(solve, len(found))
     return mx.array(found).reshape(w.shape)
+
+
+def _shifted_on_cuda(w: mx.array, hessian: mx.array, pull: mx.array) -> mx.array:
+    wide, h, p = (x.astype(mx.float32).reshape(-1, *x.shape[-2:]) for x in (w, hessian, pull))
+    mean = mx.mean(mx.diagonal(h, axis1=1, axis2=2), axis=-1)[:, None, None]
+    change = cuda.solve_damped(_damped(h), mx.swapaxes(p, 1, 2) / mx.where(mean > 0, mean, 1.0))
+    found = (wide + wide @ mx.swapaxes(change, 1, 2)).reshape(w.shape)
+    mx.eval(found)
+    return found
 
 
 def _damped(h: mx.array) -> mx.array:
@@ -220,6 +232,11 @@ def _round(
                 seen = mx.concatenate(errors[-((at - start) // BLOCK) :], axis=1)
                 block = block + _product(mx.swapaxes(feedback[:, start:at, at : at + BLOCK], 1, 2), seen)
             own = mx.where(later.T, feedback[:, at : at + BLOCK, at : at + BLOCK], 0.0)
+            if on_cuda():
+                whole, missed = cuda.block(False, block, columns[:, at : at + BLOCK], own, step, offset, encoding.bits)
+                codes.append(whole)
+                errors.append(missed)
+                continue
             found, made = [], []
             for i in range(BLOCK):
                 code = mx.clip(mx.round((block[:, i : i + 1] - offset) * inverse), 0.0, top)
@@ -246,7 +263,12 @@ def _descend(columns: mx.array, codes: mx.array, grids: Grids, h: mx.array, enco
     for start in range(0, columns.shape[1], BLOCK):
         end = start + BLOCK
         own, block, changes = h[:, start:end, start:end], pull[:, :BLOCK], []
-        for i in range(BLOCK):
+        if on_cuda():
+            grid = steps[:, start : start + 1], offsets[:, start : start + 1]
+            whole, change = cuda.block(True, block, decoded[:, start:end], own, *grid, encoding.bits)
+            found.append(whole)
+            changes.append(change)
+        for i in range(0 if changes else BLOCK):
             step, offset, old, per = (x[:, start + i : start + i + 1] for x in (steps, offsets, decoded, inverse))
             best = old - block[:, i : i + 1] / own[:, i : i + 1, i : i + 1]
             code = mx.clip(mx.round((best - offset) * per), 0.0, top)
@@ -298,6 +320,23 @@ def _refit_rows(
     group = encoding.group_size
     groups = width // group
     left = columns - _decoded(codes, grids, group)
+    on_gpu = on_cuda() and 2 * groups <= cuda.LARGEST
+    change = (cuda.refit if on_gpu else _changes)(codes, left, h, group)
+    dtype = DTYPES[encoding.dtype]
+    scales, biases = grids.scales.astype(mx.float32) + change[:, :groups], grids.biases + change[:, groups:]
+    if short:
+        scales, biases = short_grids(
+            scales, biases, mx.mean(codes.reshape(stack, groups, group, out), axis=2), encoding.bits
+        )
+    scales, biases = scales.astype(dtype), biases.astype(dtype)
+    finite = mx.isfinite(scales) & mx.isfinite(biases)
+    return Grids(mx.where(finite, scales, grids.scales), mx.where(finite, biases, grids.biases))
+
+
+def _changes(codes: mx.array, left: mx.array, h: mx.array, group: int) -> mx.array:
+    """Those of scales and then biases, [stack, 2 groups, out], for what the codes leave of the weights."""
+    stack, width, out = codes.shape
+    groups = width // group
     basis = mx.concatenate([codes.reshape(stack, groups, group, out), mx.ones((stack, groups, group, out))], axis=1)
     # Group i of the basis is 0 outside its own columns, so only blocks of H take part in its products.
     blocks = h.reshape(stack, groups, group, groups, group)
@@ -320,16 +359,7 @@ def _refit_rows(
         solved[i] = np.linalg.solve(matrix, targets[i].T[..., None])[..., 0].T
 
     _on_threads(solve, stack)
-    change = mx.array(solved)
-    dtype = DTYPES[encoding.dtype]
-    scales, biases = grids.scales.astype(mx.float32) + change[:, :groups], grids.biases + change[:, groups:]
-    if short:
-        scales, biases = short_grids(
-            scales, biases, mx.mean(codes.reshape(stack, groups, group, out), axis=2), encoding.bits
-        )
-    scales, biases = scales.astype(dtype), biases.astype(dtype)
-    finite = mx.isfinite(scales) & mx.isfinite(biases)
-    return Grids(mx.where(finite, scales, grids.scales), mx.where(finite, biases, grids.biases))
+    return mx.array(solved)
 
 
 def _stored(codes: mx.array, grids: Grids, order: np.ndarray, encoding: Encoding, shape: tuple[int, ...]) -> Quantized:

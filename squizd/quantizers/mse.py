@@ -36,9 +36,10 @@ import mlx.core as mx
 import numpy as np
 
 from squizd import kernels
-from squizd.backend import on_cpu
+from squizd.backend import on_cpu, on_cuda
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
+from squizd.quantizers import cuda
 from squizd.quantizers.minmax import minmax
 from squizd.quantizers.packing import DTYPES, Quantized, pack
 
@@ -124,6 +125,9 @@ def mse(w: mx.array, encoding: Encoding, importance: mx.array | None = None, sea
             if on_cpu() and kernels.native() is not None:
                 parts.append(_fit_natively(part, encoding, plan, weights, start, rows_per_weight))
                 continue
+            if on_cuda():
+                parts.append(_fit_on_cuda(part, encoding, plan, weights, start, rows_per_weight))
+                continue
             if weights is not None:
                 weight = weights[mx.arange(start, start + part.shape[0]) // rows_per_weight]
             blocks, columns = _prepared(part, encoding, weight)
@@ -192,6 +196,24 @@ def _fit_natively(
     result = codes, scales.astype(dtype), biases.astype(dtype)
     mx.eval(result)
     return result
+
+
+def _fit_on_cuda(
+    w: mx.array, encoding: Encoding, plan: Plan, weights: mx.array | None, start: int, rows_per_weight: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`_fit` in a CUDA kernel, for the rows of `w` from row `start` on."""
+    codes, scales, biases = minmax(w, encoding)
+    assert scales is not None
+    assert biases is not None
+    inset = INSET.get(encoding.bits, {}).get(encoding.group_size)
+    edges, moves = ([], ()) if inset is None else (_offsets(plan, inset), plan.refinements)
+    factors = _factors(encoding.bits, DTYPES[encoding.dtype])
+    found = cuda.fit(
+        w, (codes, scales, biases), encoding.bits, encoding.group_size, weights, start, rows_per_weight,
+        [MARGIN, MARGIN_ABSOLUTE, *edges, *moves, *factors], (len(edges), len(moves), len(factors), ROUNDS),
+    )  # fmt: skip
+    mx.eval(found)
+    return found
 
 
 def _offsets(plan: Plan, inset: float) -> list[float]:
