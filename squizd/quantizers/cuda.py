@@ -438,7 +438,7 @@ def fit(
         shared=4 * 4096 * (1 if importance is None else 2),
     )  # fmt: skip
     found = kernel(
-        inputs=[w, codes, scales, biases, *weights, mx.array(settings, mx.float32), mx.array(place, mx.int32)],
+        inputs=[w, codes, scales, biases, *weights, mx.array(list(settings), mx.float32), mx.array(place, mx.int32)],
         template=[("W", w.dtype), ("S", scales.dtype), ("WEIGHTED", importance is not None)],
         grid=(-(-groups // threads) * threads, 1, 1), threadgroup=(threads, 1, 1),
         output_shapes=[x.shape for x in blocks], output_dtypes=[x.dtype for x in blocks],
