@@ -26,7 +26,8 @@ from .scratch import Folder, Scratch
 from .single import Unpacking, separate
 from .weights import read as read_weights
 
-BATCH_TOKENS = 1024  # computed at once: bounds the work space of a layer
+BATCH_TOKENS = 2048  # computed at once
+BATCH_BYTES = 1 << 23  # of hidden states computed at once: attention and experts take thirty times as much
 BATCH_TOKENS_CUDA = 16384
 
 
@@ -67,8 +68,6 @@ class Walk:
         self.model = build(checkpoint.config, self.where)
         self._weights = read_weights(checkpoint, self.model)
         self.root, self._layers = self._find_layers()
-        size = max(1, (BATCH_TOKENS_CUDA if on_cuda() else BATCH_TOKENS) // len(windows[0]))
-        self.batches = [mx.array([list(w) for w in windows[i : i + size]]) for i in range(0, len(windows), size)]
         self._modules = list(self._layers)
         self._stands = [_Stand() for _ in self._modules]
         self._layers[:] = self._stands
@@ -76,6 +75,15 @@ class Walk:
         self.entered = Scratch(folder) if twice else None
         self._others: list[list[Any]] = []
         self.read_rest()
+        size = max(1, self._tokens_at_once() // len(windows[0]))
+        self.batches = [mx.array([list(w) for w in windows[i : i + size]]) for i in range(0, len(windows), size)]
+
+    def _tokens_at_once(self) -> int:
+        if on_cuda():
+            return BATCH_TOKENS_CUDA
+        self.model(mx.zeros((1, 1), mx.int32))  # lazily: only to see how wide hidden states are
+        width: int = self._stands[0]._state["entered"].shape[-1]
+        return min(BATCH_TOKENS, BATCH_BYTES // (4 * width))
 
     def _find_layers(self) -> tuple[str, list[Any]]:
         """Path and list of the decoder layers."""
