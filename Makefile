@@ -60,7 +60,7 @@ kernels:
 	@test ! -e $(VENV)/installed || touch $(VENV)/installed
 
 SRC := squizd/kernels/src
-NATIVE := $(SRC)/work.cpp $(SRC)/shelf.cpp $(SRC)/records.cpp $(SRC)/slots.cpp $(SRC)/recall.cpp $(SRC)/choose.cpp tests/native/check.cpp
+NATIVE := $(SRC)/work.cpp $(SRC)/shelf.cpp $(SRC)/records.cpp $(SRC)/codes.cpp $(SRC)/slots.cpp $(SRC)/recall.cpp $(SRC)/choose.cpp tests/native/check.cpp
 EXACT := -std=c++20 -g -ffp-contract=off -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 AVX512 := -DSQUIZD_AVX512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma
 

@@ -12,15 +12,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
+from test_runtime_models import QWEN3, codes_of, experts_at, make_model, write_file
 
 from squizd import kernels
 from squizd.errors import ExpertReadError
+from squizd.quantizers.packing import pack
 from squizd.runtime import blueprint, device
 from squizd.runtime import transfer as transfers
 from squizd.runtime.fused import FusedSwitchGLU
 from squizd.runtime.load import load_model, state
 from squizd.runtime.mailbox import Mailbox, Post
+from squizd.runtime.switch import PagedSwitch
 from squizd.runtime.transfer import Transfer
 
 PROMPT = [[5, 17, 400, 23, 99, 7]]
@@ -117,6 +120,34 @@ def test_deferred_tokens_have_the_same_bits(
         monkeypatch.setattr(device, name, lambda: False)
     wanted = decode(load_model(path))
     assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("bits", [(2, 3, 4), (3, 4, 3), (5, 8, 2)])
+def test_narrow_codes_are_wide_before_they_are_copied(
+    bits: tuple[int, int, int], tmp_path: Path, plain: None, way: str
+) -> None:
+    """Experts of three sizes by turns, and of some bits no expert has the most for all of its tensors."""
+    wide, model = max(bits), make_model(QWEN3, experts_at(max(bits)))
+    narrow = lambda name, expert: bits[(expert + len(name)) % 3]  # noqa: E731
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedSwitchLinear):
+            codes = codes_of(np.array(module.weight), wide)
+            for expert, own in enumerate(codes):
+                own &= (1 << narrow(f"{name}.weight", expert)) - 1
+            module.weight = pack(mx.array(codes), wide)
+    file = write_file(tmp_path / "m.squizd", model, QWEN3, narrow=narrow)
+    found = load_model(file, resident="50%")
+    cache, plain_cache = make_prompt_cache(found), make_prompt_cache(model)
+    for i in range(30):
+        token = mx.array([[i * 37 % 96]])
+        assert mx.array_equal(found(token, cache=cache), model(token, cache=plain_cache)).item(), i
+    deferral, stats = state(found).deferral, state(found).stats
+    assert deferral is not None
+    assert (deferral.exchange is not None) == (way == "asked")
+    assert deferral.exchange_reason == ""
+    assert stats.misses > 10
+    for switch in (m for m in found.modules() if isinstance(m, PagedSwitch)):
+        assert switch.slots.shelf_handle is not None
 
 
 def test_who_asks_in_vain_waits_instead(

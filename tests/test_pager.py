@@ -18,10 +18,11 @@ from squizd.container import Plan, Writer
 from squizd.container.layout import RAW, ZSTD, Encoding, MoeLayer, make_layout
 from squizd.errors import ExpertReadError, ReadError, RequestError
 from squizd.runtime import io, pager
-from squizd.runtime.io import Part, Scatter, widen
+from squizd.runtime.io import Part, Scatter
 from squizd.runtime.pager import Pager, Slots
 from squizd.runtime.policy import LRU
 from squizd.runtime.source import Mapped, Positioned
+from squizd.runtime.widening import widen_floats
 
 EXPERTS = 6
 LAYOUT = make_layout(
@@ -349,7 +350,7 @@ def check_parts(raw: Any, parts: list[Part], targets: list[Any]) -> None:
 def test_widening_is_exact_for_every_bf16_and_f16() -> None:
     every = np.arange(1 << 16, dtype=np.uint16)
     target = np.zeros(4 << 16, np.uint8)
-    widen(every.view(np.uint8), "bf16", target)
+    widen_floats(every.view(np.uint8), "bf16", target)
     np.testing.assert_array_equal(target.view(np.uint32), every.astype(np.uint32) << 16)
-    widen(every.view(np.uint8), "f16", target)
+    widen_floats(every.view(np.uint8), "f16", target)
     np.testing.assert_array_equal(target.view(np.float32), every.view(np.float16).astype(np.float32))

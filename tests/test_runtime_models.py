@@ -10,6 +10,7 @@ without squizd's compressor. Other tests of the runtime use both.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from mlx_lm.utils import load_model as load_mlx_model
 
 from squizd import kernels
 from squizd.container import Plan, Writer
-from squizd.container.layout import RAW, ZSTD, Encoding, MoeLayer, make_layout
+from squizd.container.layout import RAW, ZSTD, Encoding, Layout, MoeLayer, make_layout
 from squizd.errors import SourceError
 from squizd.kernels import layers as kernel_layers
+from squizd.quantizers.packing import pack
 from squizd.runtime.device import accelerate, on_cpu
 from squizd.runtime.load import load_model, state
 from squizd.runtime.switch import PagedSwitch
@@ -127,8 +129,12 @@ def write_file(
     *,
     codec: int = RAW,
     rename: Callable[[str], str | None] = lambda name: name,
+    narrow: Callable[[str, int], int | None] = lambda name, expert: None,
 ) -> Path:
-    """Store an mlx-lm model's arrays as a `.squizd` file; `rename` may change or drop (None) a tensor."""
+    """Store an mlx-lm model's arrays as a `.squizd` file; `rename` may change or drop (None) a tensor.
+
+    `narrow(name, expert)`: bits of that expert's codes of a tensor, if fewer than the model's; the codes must fit.
+    """
     parameters, modules = dict(tree_flatten(model.parameters())), dict(model.named_modules())
     entries: dict[str, tuple[Encoding, tuple[int, ...], list[mx.array | None]]] = {}
     for name, array in parameters.items():
@@ -149,17 +155,26 @@ def write_file(
     paths = [p for p, m in modules.items() if isinstance(m, SwitchGLU | SwitchMLP)]
     experts = {p: {n: e for n, e in entries.items() if n.startswith(p + ".")} for p in sorted(paths)}
     residents = {n: e for n, e in entries.items() if not any(n in group for group in experts.values())}
-    layouts, layers = [], []
+    layouts: list[Layout] = []
+    layers: list[MoeLayer] = []
+    numbers: list[list[int]] = []
     for path_, group in experts.items():
-        shapes = [(n.removeprefix(path_ + "."), "expert", e, s[1:] or (1,)) for n, (e, s, _) in group.items()]
-        layouts.append(make_layout(shapes))
         layers.append(MoeLayer(len(layers), path_, next(iter(group.values()))[1][0]))
+        numbers.append([])
+        for expert in range(layers[-1].expert_count):
+            found = {n: replace(e, bits=narrow(n, expert) or e.bits) for n, (e, _, _) in group.items()}
+            layout = make_layout(
+                [(n.removeprefix(path_ + "."), "expert", found[n], s[1:] or (1,)) for n, (_, s, _) in group.items()]
+            )
+            if layout not in layouts:
+                layouts.append(layout)
+            numbers[-1].append(layouts.index(layout))
     plan = Plan(
         metadata={"model": {"config": config}, "recipe": {}, "provenance": {}},
         residents=[(n, "embedding" if "embed" in n else "other", e, s) for n, (e, s, _) in residents.items()],
         layouts=layouts,
         moe_layers=layers,
-        expert_layouts=[[i] * layer.expert_count for i, layer in enumerate(layers)],
+        expert_layouts=numbers,
         record_alignment=64,
         codec=codec,
     )
@@ -168,14 +183,21 @@ def write_file(
             writer.write([[_buffer(part) for part in parts]])
         for layer in layers:
             for expert in range(layer.expert_count):
-                writer.write(
-                    [
-                        [None if part is None else _buffer(part[expert : expert + 1]) for part in parts]
-                        for _, _, parts in experts[layer.path].values()
-                    ]
-                )
+                record = []
+                for name, (encoding, _, parts) in experts[layer.path].items():
+                    mine = [None if part is None else part[expert : expert + 1] for part in parts]
+                    if bits := narrow(name, expert):
+                        mine[0] = pack(mx.array(codes_of(np.array(mine[0]), encoding.bits)), bits)
+                    record.append([_buffer(part) for part in mine])
+                writer.write(record)
         writer.finish()
     return path
+
+
+def codes_of(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The numbers that MLX packed into uint32 [..., words]: uint8 [..., words * 32 / bits]."""
+    stream = np.unpackbits(np.ascontiguousarray(packed).view(np.uint8), bitorder="little")
+    return np.packbits(stream.reshape(-1, bits), axis=1, bitorder="little").reshape(*packed.shape[:-1], -1)
 
 
 def _buffer(array: mx.array | None) -> bytes | None:

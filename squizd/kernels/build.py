@@ -115,7 +115,7 @@ def build(target: Path) -> Path:
     headers = [*binding, "-isystem", f"{mlx}/include", f'-DSQUIZD_SOURCES="{sources_digest()}"']
     for name in ("elementary", "program", "module", "primitives", "operations"):  # they arrange work: no loop is hot
         jobs[name] = [*_COMMON, "-O1", *headers, str(SOURCES / f"{name}.cpp")]
-    for name in ("shelf", "slots", "records", "recall", "work", "choose"):
+    for name in ("shelf", "slots", "records", "codes", "recall", "work", "choose"):
         jobs[name] = [*_COMMON, str(SOURCES / f"{name}.cpp")]
     jobs["nanobind"] = [*_COMMON, "-O1", *binding, "-fno-strict-aliasing", str(nanobind / "src" / "nb_combined.cpp")]
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,9 @@ def build_transfer(target: Path) -> Path:
     if sys.platform != "linux":
         raise BuildError("transfers are for CUDA on Linux; elsewhere memory is shared")
     flags = ["-static-libstdc++", "-static-libgcc", "-Wl,-s", "-shared", f'-DSQUIZD_SOURCES="{sources_digest()}"']
-    sources = [str(SOURCES / f"{name}.cpp") for name in ("transfer", "exchange", "slots", "recall", "transfer_api")]
+    sources = [
+        str(SOURCES / f"{name}.cpp") for name in ("transfer", "exchange", "slots", "recall", "codes", "transfer_api")
+    ]
     target.mkdir(parents=True, exist_ok=True)
     partial = target / (TRANSFER.name + ".partial")
     _run([*find_compiler(), *_COMMON, *flags, *sources, "-o", str(partial), "-ldl"])

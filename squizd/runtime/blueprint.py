@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import architecture
-from ..container.layout import MoeLayer, Record, Tensor
+from ..container.layout import Layout, MoeLayer, Record, Tensor
 from ..container.reader import File
 from ..errors import SourceError, SquizdError
 from .device import compute_type, widened
@@ -47,7 +47,10 @@ class Resident:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """A module whose arrays hold one row per expert, and how to read a row."""
+    """A module whose arrays hold one row per expert, and how to read a row.
+
+    `targets` are made for the widest codes that an expert of the layer has; others are widened when they are read.
+    """
 
     layer: MoeLayer
     module: nn.Module
@@ -104,8 +107,9 @@ def _draw(file: File, config: dict[str, Any]) -> Blueprint:
     # A draft head's tensors belong to no module of the model itself.
     stored = [(tensor, record) for tensor, record in file.residents.values() if tensor.role != "draft"]
     tensors = {tensor.name: tensor for tensor, _ in stored}
-    for path, found in layouts.items():
-        tensors |= {f"{path}.{t.name}": t for t in file.layouts[found[0]].tensors}
+    widest = {path: _widest(file, path, found) for path, found in layouts.items()}
+    for path, chosen in widest.items():
+        tensors |= {f"{path}.{t.name}": t for t in chosen.values()}
     modules = architecture.expert_modules(model)
     counts = {x.path: x.expert_count for x in file.moe_layers}
     _quantize(model, tensors, counts, file.path)
@@ -130,19 +134,11 @@ def _draw(file: File, config: dict[str, Any]) -> Blueprint:
     for layer in file.moe_layers:
         if layer.path not in modules:
             raise SourceError(f"{file.path}: {kind} has no expert module {layer.path}")
-        by_layout = {i: _layout_targets(file, i) for i in layouts[layer.path]}
-        first = next(iter(by_layout.values()))
-        for i, other in by_layout.items():
-            if [(t.name, t.shape, t.dtype) for t in other] != [(t.name, t.shape, t.dtype) for t in first]:
-                raise SourceError(
-                    f"{file.path}: the experts of {layer.path} are not all stored alike (see shard layout {i})",
-                    hint="this version runs one encoding per layer",
-                )
         targets = tuple(
             replace(t, shape=claim(f"{layer.path}.{t.name}", (layer.expert_count, *t.shape), t.dtype)[1:])
-            for t in first
+            for t in _expert_targets(widest[layer.path].values())
         )
-        scatters = {i: Scatter([t.part for t in other], file.layouts[i].raw_size) for i, other in by_layout.items()}
+        scatters = {i: _scatter(file.layouts[i], widest[layer.path]) for i in layouts[layer.path]}
         layers.append(ExpertLayer(layer, modules[layer.path], targets, scatters))
     if wanted:
         name = min(wanted)
@@ -189,9 +185,39 @@ def _quantize(model: nn.Module, tensors: dict[str, Tensor], counts: dict[str, in
         raise SourceError(f"{where}: tensor {min(left)} is stored quantized, its module cannot be ({len(left)} such)")
 
 
-def _layout_targets(file: File, layout: int) -> tuple[Target, ...]:
-    found = (target for tensor in file.layouts[layout].tensors for target in _targets(tensor))
-    return tuple(sorted(found, key=lambda target: target.name))
+def _widest(file: File, path: str, layouts: list[int]) -> dict[str, Tensor]:
+    """The expert tensors of a layer by name, each as it is where it has the most bits: what slots are made for."""
+    found = {t.name: t for t in file.layouts[layouts[0]].tensors}
+    for i in layouts[1:]:
+        others = {t.name: t for t in file.layouts[i].tensors}
+        if {name: _kind(t) for name, t in others.items()} != {name: _kind(t) for name, t in found.items()}:
+            raise SourceError(
+                f"{file.path}: the experts of {path} are not all stored alike (see shard layout {i})",
+                hint="inside a layer only the bits of affine tensors may differ: no name, shape, type or group size",
+            )
+        found = {name: max(t, others[name], key=lambda t: t.encoding.bits) for name, t in found.items()}
+    return found
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    """What the experts of a layer must have in common."""
+    encoding = tensor.encoding
+    return tensor.shape, replace(encoding, bits=8) if encoding.mode == "affine" else encoding
+
+
+def _expert_targets(tensors: Iterable[Tensor]) -> list[Target]:
+    return sorted((target for tensor in tensors for target in _targets(tensor)), key=lambda target: target.name)
+
+
+def _scatter(layout: Layout, widest: dict[str, Tensor]) -> Scatter:
+    """How records of `layout` fill slots made for `widest`."""
+    narrow = {t.name: (t.encoding.bits, widest[t.name].encoding.bits) for t in layout.tensors}
+
+    def part(target: Target) -> Part:
+        bits = narrow.get(target.name)  # codes have their tensor's name
+        return target.part if bits is None or bits[0] == bits[1] else replace(target.part, bits=bits)
+
+    return Scatter([part(target) for target in _expert_targets(layout.tensors)], layout.raw_size)
 
 
 def _targets(tensor: Tensor) -> tuple[Target, ...]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import ExpertReadError, ReadError, RequestError
 from .asking import NOTE, Ask
+from .library import pointer
 from .policy import FOLLOWING, MEMORY, STEPS, WEIGHT
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class Exchange:
         steps, following = np.array(STEPS, np.uint64), np.array(FOLLOWING, np.uint64)
         handles = (ctypes.c_void_p * len(layers))(*[slots.shelf_handle for slots in self._slots])
         self._handle: int | None = transfer.native.squizd_exchange_open(
-            ctypes.c_void_p(transfer.handle), len(layers), handles, _pointer(shape), len(steps), _pointer(steps),
-            len(following), _pointer(following), ctypes.c_uint64(WEIGHT), MEMORY,
+            ctypes.c_void_p(transfer.handle), len(layers), handles, pointer(shape), len(steps), pointer(steps),
+            len(following), pointer(following), ctypes.c_uint64(WEIGHT), MEMORY,
         )  # fmt: skip
         if not self._handle:
             raise OSError("it has layers with more choices than slots, or than there is room for")
@@ -118,7 +119,7 @@ class Exchange:
             counts, numbers = np.empty(len(slots.records), np.uint64), np.empty(8, np.uint64)
             history = np.empty(MEMORY * MOST_CHOICES, np.uint32)
             self._transfer.native.squizd_exchange_state(
-                self._at(), index, _pointer(resident), _pointer(counts), _pointer(history), _pointer(numbers)
+                self._at(), index, pointer(resident), pointer(counts), pointer(history), pointer(numbers)
             )
             token, choices, tokens, hits, misses, evictions, size, nanoseconds = numbers.tolist()
             order = [(int(expert), slot) for slot, expert in enumerate(resident) if expert >= 0]
@@ -135,8 +136,8 @@ class Exchange:
         weights, remembered = np.array(counts, np.uint64), np.array(history, np.uint32)
         tokens = len(history) // choices if choices else 0
         if self._transfer.native.squizd_exchange_arrange(
-            self._at(), index, pairs.shape[1], _pointer(pairs[0]), _pointer(pairs[1]), _pointer(weights),
-            token, _pointer(remembered), tokens, choices,
+            self._at(), index, pairs.shape[1], pointer(pairs[0]), pointer(pairs[1]), pointer(weights),
+            token, pointer(remembered), tokens, choices,
         ):  # fmt: skip
             raise AssertionError("Slots in a state that native code does not know")
 
@@ -148,7 +149,3 @@ class Exchange:
         if handle:
             mx.synchronize()
             self._transfer.native.squizd_exchange_close(ctypes.c_void_p(handle))
-
-
-def _pointer(array: Any) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)

@@ -1,9 +1,9 @@
 """Bring one record's bytes from the file to where they are used: verified, converted. No MLX.
 
-A record goes straight into its destinations; only parts that must be widened, and padding, pass through a
-small buffer of the reading thread. The XXH64 of the stored bytes is checked on every read, piece by piece while
-the system reads on. What lies in the destinations after an error is undefined: the caller must not use it.
-Where the bytes come from is a `source.Source`.
+A record goes straight into its destinations; only parts that must be widened (floats on CPU; codes of fewer bits than
+others of their layer have), and padding, pass through a small buffer of the reading thread. The XXH64 of the stored
+bytes is checked on every read, piece by piece while the system reads on. What lies in the destinations after an error
+is undefined: the caller must not use it. Where the bytes come from is a `source.Source`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from ..container import records
 from ..container.layout import RAW, Record
 from ..errors import ReadError
 from .source import MOST_BUFFERS, Bytes, Source
+from .widening import widen_codes, widen_floats
 
 SCRATCH_BYTES = 4 << 20  # the most that one thread stages at once for raw records
 _WRONG_DIGEST = "the bytes do not match their digest"
@@ -29,24 +28,35 @@ PIECE_BYTES = 1 << 19  # read at once, then hashed while the processor still has
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a decoded record: where it lies, and the float type to widen to f32 from ("" = copy)."""
+    """One part of a decoded record: where it lies, and how it is widened.
+
+    `widen`: the float type to widen to f32 from ("" = no). `bits`: codes of so many bits become codes of so many.
+    """
 
     offset: int
     size: int
     widen: str = ""
+    bits: tuple[int, int] | None = None
+
+    @property
+    def ratio(self) -> tuple[int, int]:
+        """So many stored bytes, which are not divided, become so many."""
+        return (2, 4) if self.widen else self.bits or (1, 1)
 
     @property
     def target_bytes(self) -> int:
         """Bytes of the part where it is used."""
-        return self.size * 2 if self.widen else self.size
+        return self.widened(self.size)
 
+    def widened(self, size: int) -> int:
+        """Bytes that the first `size` become."""
+        few, many = self.ratio
+        return size // few * many
 
-def widen(stored: npt.NDArray[Any], dtype: str, target: Bytes) -> None:
-    """Write the f16 or bf16 numbers in `stored` (bytes) as f32 into `target` (bytes). Exact."""
-    if dtype == "bf16":  # the upper half of a float32
-        np.left_shift(stored.view(np.uint16), 16, out=target.view(np.uint32), dtype=np.uint32)
-    else:
-        target.view(np.float32)[...] = stored.view(np.float16)
+    @property
+    def staged(self) -> bool:
+        """Whether it must be widened."""
+        return bool(self.widen or self.bits)
 
 
 class _Scratch(threading.local):
@@ -75,7 +85,7 @@ class Scatter:
         for index, part in sorted(enumerate(self.parts), key=lambda numbered: numbered[1].offset):
             if part.offset > end:
                 segments.append((-1, 0, part.offset - end))
-            block = min(PIECE_BYTES, SCRATCH_BYTES)
+            block = min(PIECE_BYTES, SCRATCH_BYTES) // part.ratio[0] * part.ratio[0]
             segments += [(index, at, min(block, part.size - at)) for at in range(0, part.size, block)]
             end = part.offset + part.size
         if raw_size > end:
@@ -83,7 +93,7 @@ class Scatter:
         self._steps: list[list[tuple[int, int, int]]] = [[]]  # one read each
         self.scratch_bytes = staged = together = 0
         for index, start, size in segments:
-            cost = size if index < 0 or self.parts[index].widen else 0
+            cost = size if index < 0 or self.parts[index].staged else 0
             full = together + size > PIECE_BYTES or staged + cost > SCRATCH_BYTES
             if (together and full) or len(self._steps[-1]) == MOST_BUFFERS:
                 self._steps.append([])
@@ -132,7 +142,7 @@ class Scatter:
             widened: list[tuple[int, int, Bytes]] = []
             used = wanted = 0
             for index, start, size in step:
-                if index < 0 or self.parts[index].widen:
+                if index < 0 or self.parts[index].staged:
                     buffer = scratch[used : used + size]
                     used += size
                     if index >= 0:
@@ -147,7 +157,8 @@ class Scatter:
             for buffer in buffers:
                 digest.update(buffer)
             for index, start, buffer in widened:
-                _place(self.parts[index], buffer, targets[index][2 * start : 2 * (start + buffer.size)])
+                part = self.parts[index]
+                _place(part, buffer, targets[index][part.widened(start) : part.widened(start + buffer.size)])
             at += wanted
         if digest.intdigest() != record.digest:
             raise ReadError(_WRONG_DIGEST)
@@ -159,6 +170,8 @@ def _cut_short(have: int, record: Record) -> ReadError:
 
 def _place(part: Part, stored: Bytes, target: Bytes) -> None:
     if part.widen:
-        widen(stored, part.widen, target)
+        widen_floats(stored, part.widen, target)
+    elif part.bits:
+        widen_codes(stored, part.bits, target)
     else:
         target[...] = stored

@@ -104,17 +104,17 @@ class Lending:
 
 
 def make_shelf(kernels: Any, slots: Slots) -> Any:
-    """The native counterpart of `slots`, or None: for raw records of one layout under Recall only."""
-    if not slots.parts or type(slots.policy) is not Recall:
+    """The native counterpart of `slots`, or None: for raw records under Recall only."""
+    if not slots.readable or type(slots.policy) is not Recall:
         return None
-    parts = sorted(zip(slots.parts, slots.banks, strict=True), key=lambda pair: pair[0].offset)
+    layouts = [sorted(enumerate(parts), key=lambda numbered: numbered[1].offset) for parts in slots.layouts]
     return kernels.Shelf(
         str(slots.pager.file.path),
         slots.pager.file.fileno(),
         slots.layer.layer,
-        [bank for _, bank in parts],
-        [(part.offset, part.size, part.widen) for part, _ in parts],
-        [(record.offset, record.stored_size, record.digest) for record in slots.records],
+        list(slots.banks),
+        [[(bank, p.offset, p.size, p.widen, *(p.bits or (0, 0))) for bank, p in layout] for layout in layouts],
+        [(record.offset, record.stored_size, record.digest, layout) for record, layout in slots.numbered],
         (STEPS, FOLLOWING, WEIGHT, MEMORY),
         slots.pager.source.step,
     )

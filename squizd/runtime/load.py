@@ -38,6 +38,7 @@ from .probe import Needs, probe
 from .profile import LayerProfile, Profile, read_profile
 from .source import Bytes, Source
 from .switch import PagedSwitch
+from .transfer import buffer_bytes
 from .warm import Warmer
 
 DEFAULT_CONTEXT = 4096
@@ -199,7 +200,7 @@ def load_model(
         tokens = context or _default_context(needs, limit, caches)
         demand = _demand(blueprint, needs, file, profile)
         budget = make_budget(demand, tokens, memory=limit, share=share, available=device.available_memory())
-        pager.transfer = device.transfer(_largest_record(file))
+        pager.transfer = device.transfer(_largest_record(blueprint, file))
         device.limit_buffer_cache(budget.workspace // 5)
         _load_residents(blueprint, file, pager.source)
         policies = _policies(file, profile)
@@ -223,9 +224,13 @@ def load_model(
     return blueprint.model
 
 
-def _largest_record(file: File) -> int:
-    """Stored bytes of the largest expert; 0 without experts."""
-    return max((record.stored_size for x in file.moe_layers for record in file.experts(x.layer)), default=0)
+def _largest_record(blueprint: Blueprint, file: File) -> int:
+    """The most bytes of a native transfer's buffer that an expert needs; 0 without experts."""
+    layers = [(x.scatters.values(), file.experts(x.layer.layer)) for x in blueprint.layers]
+    sizes = [
+        buffer_bytes([s.parts for s in scatters], [r.stored_size for r in records]) for scatters, records in layers
+    ]
+    return max(sizes, default=0)
 
 
 def _defer(blueprint: Blueprint, pager: Pager, needs: Needs) -> Deferral:

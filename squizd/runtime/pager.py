@@ -158,18 +158,25 @@ class Slots:
         self.scatters = scatters
         self.records = pager.file.experts(layer.layer)
         self.shelf_handle: int | None = None
-        if pager.transfer is not None and self.parts and not any(part.widen for part in self.parts):
-            destinations = list(zip(self.parts, self.banks, strict=True))
-            self.shelf_handle = pager.transfer.shelf(pager.file.fileno(), destinations, self.records)
+        if pager.transfer is not None and self.readable and not any(p.widen for p in self.layouts[0]):
+            self.shelf_handle = pager.transfer.shelf(pager.file.fileno(), self.banks, self.layouts, self.numbered)
             pager.shelves[self.shelf_handle] = self
 
+    @property
+    def readable(self) -> bool:
+        """Whether native code can read every record: none is encoded."""
+        return all(record.codec == RAW for record in self.records)
+
     @cached_property
-    def parts(self) -> Sequence[Part]:
-        """The parts of every record, as native code reads them; none unless all are raw and laid out alike."""
-        layouts = {record.layout for record in self.records}
-        if len(layouts) != 1 or any(record.codec != RAW for record in self.records):
-            return ()
-        return self.scatters[layouts.pop()].parts
+    def layouts(self) -> tuple[Sequence[Part], ...]:
+        """The parts of each layout, in the order of `banks`, for native code."""
+        return tuple(scatter.parts for scatter in self.scatters.values())
+
+    @property
+    def numbered(self) -> list[tuple[Record, int]]:
+        """Every record, and which of `layouts` it has."""
+        numbers = {layout: number for number, layout in enumerate(self.scatters)}
+        return [(record, numbers[record.layout]) for record in self.records]
 
     def check(self, lowest: int, highest: int) -> None:
         """RequestError unless both are experts of this layer."""

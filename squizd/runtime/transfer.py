@@ -13,16 +13,15 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from ..container.layout import Record
-from ..kernels.build import TRANSFER, sources_digest
 from .io import Part
+from .library import compiled, pointer
 from .source import Bytes
 
-BUFFERS = 32  # pinned, each of the largest record
+BUFFERS = 32  # pinned, each for any record
 MOST_THREADS = 8
 _SPINS = 10_000  # some 300 us, a layer's time: waking a thread takes a fifth of that
 _WRONG_DIGEST = -3
@@ -33,24 +32,7 @@ _REASONS = {
     -5: "the GPU waited for it too long",
 }
 _MOST_FAILURES = 256
-
-
-@cache
-def _library() -> Any:
-    """The compiled library, or the reason why there is none."""
-    try:
-        found = ctypes.CDLL(os.fspath(TRANSFER))
-    except OSError:
-        return "its transfers are not compiled (python -m squizd.kernels.build)"
-    found.squizd_sources.restype = ctypes.c_char_p
-    if found.squizd_sources().decode() != sources_digest():
-        return "its transfers were compiled from other sources than are here (python -m squizd.kernels.build)"
-    for name in ("squizd_transfer_open", "squizd_shelf_open", "squizd_exchange_open"):
-        getattr(found, name).restype = ctypes.c_void_p
-    found.squizd_exchange_box.restype = ctypes.c_uint64
-    for name in ("squizd_exchange_begin", "squizd_exchange_finish", "squizd_exchange_stop", "squizd_fetch"):
-        getattr(found, name).restype = None
-    return found
+_ALIGNED = 64  # as in the file, so that a GPU can copy in whole units
 
 
 @cache
@@ -67,7 +49,7 @@ def cuda_library() -> str:
 
 def missing() -> str:
     """Why there can be no Transfer here; "" if there can."""
-    found = _library()
+    found = compiled()
     return found if isinstance(found, str) else ""
 
 
@@ -82,15 +64,32 @@ def copy(to: Bytes, source: Bytes) -> None:
         raise OSError(f"CUDA error {code} while copying to the GPU")
 
 
+def slot_form(layouts: Sequence[Sequence[Part]]) -> list[Part]:
+    """The parts of a record as slots hold it, and as native code lays it out: as in the file, if some are stored so."""
+    for parts in layouts:
+        if not any(part.bits for part in parts):
+            return list(parts)
+    found, end = list[Part](), 0
+    for part in layouts[0]:
+        found.append(Part(end, part.target_bytes))
+        end += -(-part.target_bytes // _ALIGNED) * _ALIGNED
+    return found
+
+
+def buffer_bytes(layouts: Sequence[Sequence[Part]], stored_sizes: Sequence[int]) -> int:
+    """What a buffer must hold of records of these layouts and sizes: as stored, or as slots hold them."""
+    return max([*stored_sizes, *(part.offset + part.size for part in slot_form(layouts))])
+
+
 class Transfer:
     """Threads, pinned buffers and streams of one open file. Calls of `fetch` and `settle` must not overlap."""
 
     def __init__(self, record_bytes: int, cuda: str) -> None:
-        """`record_bytes`: of the largest record. `cuda`: the CUDA runtime; "" copies in plain memory.
+        """`record_bytes`: the most of `buffer_bytes`. `cuda`: the CUDA runtime; "" copies in plain memory.
 
         OSError if there is no compiled library, or it cannot have the memory.
         """
-        self.native = _library()
+        self.native = compiled()
         if isinstance(self.native, str):
             raise OSError(self.native)
         cores = len(os.sched_getaffinity(0))
@@ -104,13 +103,22 @@ class Transfer:
         self._shelves: list[int] = []
         self.before_close: list[Callable[[], None]] = []  # of those who use it
 
-    def shelf(self, fd: int, parts: Sequence[tuple[Part, Bytes]], records: Sequence[Record]) -> int:
-        """Describe a layer: each part of its records and the bank [slots, bytes] it goes to. A handle for `fetch`."""
-        assert not any(part.widen for part, _ in parts)
-        where = np.array([(p.offset, p.size, b.ctypes.data, b.strides[0]) for p, b in parts], np.uint64)
-        what = np.array([(r.offset, r.stored_size, r.digest) for r in records], np.uint64)
+    def shelf(
+        self, fd: int, banks: Sequence[Bytes], layouts: Sequence[Sequence[Part]], records: Sequence[tuple[Record, int]]
+    ) -> int:
+        """Describe a layer: banks [slots, bytes], the parts of each layout in their order, records with their layouts.
+
+        A handle for `fetch`. Codes are widened, floats must not have to be.
+        """
+        assert not any(part.widen for parts in layouts for part in parts)
+        where = np.array(
+            [(p.offset, p.size, b.ctypes.data, b.strides[0]) for p, b in zip(slot_form(layouts), banks, strict=True)],
+            np.uint64,
+        )
+        stored = np.array([[(p.offset, p.size, *(p.bits or (1, 1))) for p in parts] for parts in layouts], np.uint64)
+        what = np.array([(r.offset, r.stored_size, r.digest, layout) for r, layout in records], np.uint64)
         handle: int = self.native.squizd_shelf_open(
-            fd, len(where), ctypes.c_void_p(where.ctypes.data), len(what), ctypes.c_void_p(what.ctypes.data)
+            fd, len(where), pointer(where), len(stored), pointer(stored), len(what), pointer(what)
         )
         self._shelves.append(handle)
         return handle

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../squizd/kernels/src/codes.h"
 #include "../../squizd/kernels/src/shelf.h"
 #include "../../squizd/kernels/src/work.h"
 
@@ -193,22 +194,32 @@ void check_attention(Pool& pool, int heads, int queries, int keys, int width, bo
 // before; damage, a short file and forged ids are errors that leave the shelf usable.
 void check_shelf(Pool& pool, int slots) {
   constexpr int EXPERTS = 9;
-  constexpr size_t RAW = 200, CODES = 70, SCALES = 26;
+  constexpr size_t RAW = 200, CODES_4 = 72, CODES_3 = 54, SCALES = 26;  // every third expert has 3 bits
   char name[] = "/tmp/squizd-check-XXXXXX";
   const int fd = mkstemp(name);
   unlink(name);
   std::vector<uint8_t> file = exact<uint8_t>(EXPERTS * RAW);
   for (auto& byte : file) byte = uint8_t(random_bits());
   if (pwrite(fd, file.data(), file.size(), 0) != ssize_t(file.size())) abort();
-  auto codes = exact<uint8_t>(CODES * size_t(slots)), wide = exact<uint8_t>(2 * SCALES * size_t(slots));
-  std::vector<Part> parts{{0, CODES, AS_STORED, codes.data(), CODES}, {128, SCALES, FROM_BF16, wide.data(), 2 * SCALES}};
+  auto codes = exact<uint8_t>(CODES_4 * size_t(slots)), wide = exact<uint8_t>(2 * SCALES * size_t(slots));
+  const Part floats{128, SCALES, FROM_BF16, wide.data(), 2 * SCALES};
+  const std::vector<std::vector<Part>> layouts{{{0, CODES_4, AS_STORED, codes.data(), CODES_4}, floats},
+                                               {{3, CODES_3, CODES, codes.data(), CODES_4, 3, 4}, floats}};
   std::vector<Extent> records;
-  for (size_t i = 0; i < EXPERTS; i++) records.push_back({i * RAW, RAW, xxh64(&file[i * RAW], RAW)});
-  Shelf shelf("file", fd, 3, parts, records, slots, {{4, 5, 6}, {3, 2, 1}, 5, 8}, 64);
+  for (size_t i = 0; i < EXPERTS; i++) {
+    const size_t size = i % 3 ? RAW : RAW - 9;
+    records.push_back({i * RAW, size, xxh64(&file[i * RAW], size), i % 3 ? size_t(0) : size_t(1)});
+  }
+  Shelf shelf("file", fd, 3, layouts, records, slots, {{4, 5, 6}, {3, 2, 1}, 5, 8}, 64);
   shelf.arrange({}, std::vector<uint64_t>(EXPERTS, 0), 0, {}, 0);
 
   auto right = [&](int expert, uint32_t slot) {
-    bool good = slot < uint32_t(slots) && !memcmp(&codes[slot * CODES], &file[size_t(expert) * RAW], CODES);
+    if (slot >= uint32_t(slots)) return false;
+    const uint8_t *row = &codes[slot * CODES_4], *stored = &file[size_t(expert) * RAW];
+    bool good = expert % 3 == 0 || !memcmp(row, stored, CODES_4);
+    auto bit = [](const uint8_t* stream, size_t i) { return stream[i / 8] >> i % 8 & 1; };
+    for (size_t i = 0; i < 8 * CODES_4 && expert % 3 == 0; i++)
+      good = good && bit(row, i) == (i % 4 == 3 ? 0 : bit(stored + 3, i / 4 * 3 + i % 4));
     for (size_t i = 0; i < SCALES; i++) {
       const uint8_t* to = &wide[slot * 2 * SCALES + i / 2 * 4];
       good = good && to[2 + i % 2] == file[size_t(expert) * RAW + 128 + i] && !to[0] && !to[1];
@@ -259,10 +270,29 @@ void check_shelf(Pool& pool, int slots) {
   close(fd);
 }
 
+// Codes of any two widths, in memory of exactly their size.
+void check_codes() {
+  for (int narrow = 1; narrow < 8; narrow++)
+    for (int wide = narrow + 1; wide <= 8; wide++)
+      for (size_t eights : {1, 2, 3, 4, 5, 9, 64, 1000}) {
+        auto few = exact<uint8_t>(eights * size_t(narrow)), many = exact<uint8_t>(eights * size_t(wide));
+        for (auto& byte : few) byte = uint8_t(random_bits());
+        widen_codes(few.data(), few.size(), narrow, wide, many.data());
+        bool good = true;
+        for (size_t code = 0; code < 8 * eights; code++)
+          for (size_t bit = 0; bit < size_t(wide); bit++) {
+            const size_t to = code * size_t(wide) + bit, from = code * size_t(narrow) + bit;
+            good = good && (many[to / 8] >> to % 8 & 1) == (bit < size_t(narrow) ? few[from / 8] >> from % 8 & 1 : 0);
+          }
+        expect(good, "codes", "-", narrow, wide, int(eights));
+      }
+}
+
 }  // namespace
 
 int main() {
   Pool pool(3);
+  check_codes();
   for (int slots : {1, 2, 4, 9}) check_shelf(pool, slots);
   for (int bits : {2, 3, 4, 5, 6, 8})
     for (int group : {32, 64, 128})

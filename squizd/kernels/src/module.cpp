@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/tuple.h>
 
+#include "codes.h"
 #include "mlx/version.h"
 #include "operations.h"
 #include "program.h"
@@ -26,24 +27,34 @@ struct HeldShelf {
 
 using PythonRules = std::tuple<std::vector<uint64_t>, std::vector<uint64_t>, uint64_t, int>;
 
-// parts: (offset, size, widening) of each bank, in the order of `banks`; records: (offset, size, XXH64) of each expert;
-// rules: Rules' members in their order; step: Records'
+// (bank, offset, size, widening of floats, bits of codes as stored and in the bank: 0 if they are copied), in the order of offsets
+using PythonPart = std::tuple<size_t, size_t, size_t, std::string, int, int>;
+// (offset, size, XXH64, layout)
+using PythonRecord = std::tuple<uint64_t, uint64_t, uint64_t, size_t>;
+
+// layouts: the parts of each; records: of each expert; rules: Rules' members in their order; step: Records'
 HeldShelf make_shelf(const std::string& name, int fd, int layer, std::vector<Bank> banks,
-                     const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
-                     const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, const PythonRules& rules, size_t step) {
-  if (banks.empty() || banks.size() != parts.size()) throw std::invalid_argument("one bank for each part");
+                     const std::vector<std::vector<PythonPart>>& layouts, const std::vector<PythonRecord>& records,
+                     const PythonRules& rules, size_t step) {
+  if (banks.empty()) throw std::invalid_argument("no banks");
   const size_t slots = banks[0].shape(0);
-  std::vector<Part> ours;
-  for (size_t i = 0; i < parts.size(); i++) {
-    const auto& [offset, size, widening] = parts[i];
-    const Widen how = widening == "bf16" ? FROM_BF16 : widening == "f16" ? FROM_F16 : AS_STORED;
-    if (how == AS_STORED && !widening.empty()) throw std::invalid_argument("unknown widening");
-    if (banks[i].shape(0) != slots || banks[i].shape(1) != size * (how ? 2 : 1)) throw std::invalid_argument("a bank of another size");
-    ours.push_back({offset, size, how, banks[i].data(), banks[i].shape(1)});
+  std::vector<std::vector<Part>> ours;
+  for (const auto& parts : layouts) {
+    if (banks.size() != parts.size()) throw std::invalid_argument("one bank for each part");
+    auto& mine = ours.emplace_back();
+    for (const auto& [index, offset, size, floats, narrow, wide] : parts) {
+      const bool codes = narrow != wide;
+      const Widen how = codes ? CODES : floats == "bf16" ? FROM_BF16 : floats == "f16" ? FROM_F16 : AS_STORED;
+      if ((how == AS_STORED && !floats.empty()) || (codes && !widens(narrow, wide))) throw std::invalid_argument("unknown widening");
+      const Bank& bank = banks.at(index);
+      const size_t row = codes ? size / size_t(narrow) * size_t(wide) : how ? 2 * size : size;
+      if (bank.shape(0) != slots || bank.shape(1) != row) throw std::invalid_argument("a bank of another size");
+      mine.push_back({offset, size, how, bank.data(), row, narrow, wide});
+    }
   }
   std::vector<Extent> extents;
-  for (const auto& [offset, size, digest] : records) extents.push_back({offset, size, digest});
-  return {std::make_shared<Shelf>(name, fd, layer, std::move(ours), std::move(extents), int(slots),
+  for (const auto& [offset, size, digest, layout] : records) extents.push_back({offset, size, digest, layout});
+  return {std::make_shared<Shelf>(name, fd, layer, ours, std::move(extents), int(slots),
                                   Rules{std::get<0>(rules), std::get<1>(rules), std::get<2>(rules), std::get<3>(rules)}, step),
           std::move(banks)};
 }
@@ -130,9 +141,9 @@ NB_MODULE(_native, m) {
   m.def("xxh64", [](nb::bytes data) { return xxh64(static_cast<const uint8_t*>(data.data()), data.size()); });
   nb::class_<HeldShelf>(m, "Shelf")
       .def("__init__", [](HeldShelf* self, const std::string& name, int fd, int layer, std::vector<Bank> banks,
-                          const std::vector<std::tuple<size_t, size_t, std::string>>& parts,
-                          const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& records, const PythonRules& rules, size_t step) {
-        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), parts, records, rules, step));
+                          const std::vector<std::vector<PythonPart>>& layouts, const std::vector<PythonRecord>& records,
+                          const PythonRules& rules, size_t step) {
+        new (self) HeldShelf(make_shelf(name, fd, layer, std::move(banks), layouts, records, rules, step));
       })
       .def("order", [](const HeldShelf& s) { return s.shelf->order(); })
       .def("state", [](const HeldShelf& s) {

@@ -8,12 +8,14 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "codes.h"
 #include "hash.h"
 
 namespace squizd {
 namespace {
 
 constexpr size_t PIECE = 512 << 10;  // read at once: still in the processor's cache when it is hashed
+constexpr size_t STAGED = 64 << 10;  // the most of it that goes through a buffer, on the stack
 constexpr size_t MOST_BUFFERS = 512;
 
 float half(uint16_t bits) {
@@ -31,11 +33,18 @@ float half(uint16_t bits) {
   return f;
 }
 
-void widen(const uint8_t* stored, size_t size, Widen how, uint8_t* to) {
+// Stored bytes that are widened together, and what they become.
+size_t unit(const Part& part) { return part.widen == CODES ? size_t(part.narrow) : part.widen ? 2 : 1; }
+size_t widened(const Part& part, size_t size) {
+  return part.widen == CODES ? size / size_t(part.narrow) * size_t(part.wide) : part.widen ? 2 * size : size;
+}
+
+void widen(const Part& part, const uint8_t* stored, size_t size, uint8_t* to) {
+  if (part.widen == CODES) return widen_codes(stored, size, part.narrow, part.wide, to);
   for (size_t i = 0; i + 2 <= size; i += 2, to += 4) {
     uint16_t bits;
     memcpy(&bits, stored + i, 2);
-    if (how == FROM_BF16) {
+    if (part.widen == FROM_BF16) {
       const uint32_t wide = uint32_t(bits) << 16;
       memcpy(to, &wide, 4);
     } else {
@@ -53,21 +62,49 @@ uint64_t xxh64(const uint8_t* data, size_t size) {
   return hash.digest();
 }
 
-Records::Records(int fd, std::vector<Part> parts, std::vector<Extent> records, size_t step)
-    : fd_(fd), step_(step), parts_(std::move(parts)), records_(std::move(records)) {
+Records::Records(int fd, const std::vector<std::vector<Part>>& layouts, std::vector<Extent> records, size_t step)
+    : fd_(fd), step_(step), records_(std::move(records)) {
   if (!step_) throw std::invalid_argument("announcements of no bytes");
+  std::vector<uint64_t> sizes(layouts.size(), 0);
+  for (const Extent& record : records_) {
+    if (record.layout >= layouts.size()) throw std::invalid_argument("a record of an unknown layout");
+    uint64_t& size = sizes[record.layout];
+    if (size && size != record.size) throw std::invalid_argument("records of one layout and different sizes");
+    size = record.size;
+  }
+  for (size_t i = 0; i < layouts.size(); i++) layouts_.push_back(divide(layouts[i], size_t(sizes[i])));
+}
+
+// What each call reads: about PIECE, at most STAGED of it not straight to where it is used.
+Records::Layout Records::divide(std::vector<Part> parts, size_t size) {
+  Layout layout{std::move(parts), {}};
+  size_t together = 0, staged = 0;
+  auto add = [&](const Part* part, size_t bytes) {
+    const bool direct = part && !part->widen;
+    const size_t most = direct ? PIECE : STAGED / (part ? unit(*part) : 1) * (part ? unit(*part) : 1);
+    for (size_t at = 0; at < bytes; at += most) {
+      const Piece piece{part, at, std::min(most, bytes - at)};
+      if (layout.reads.empty() || layout.reads.back().size() == MOST_BUFFERS || together + piece.size > PIECE ||
+          (!direct && staged + piece.size > STAGED)) {
+        layout.reads.emplace_back();
+        together = staged = 0;
+      }
+      layout.reads.back().push_back(piece);
+      together += piece.size;
+      staged += direct ? 0 : piece.size;
+    }
+  };
   size_t end = 0;
-  for (const Part& part : parts_) {
+  for (const Part& part : layout.parts) {
     if (part.offset < end) throw std::invalid_argument("parts overlap");
-    staged_ += part.offset - end + (part.widen ? part.size : 0);
+    if (part.size % unit(part)) throw std::invalid_argument("a part that cannot be widened");
+    add(nullptr, part.offset - end);
+    add(&part, part.size);
     end = part.offset + part.size;
   }
-  size_t tail = 0;
-  for (const Extent& record : records_) {
-    if (record.size < end) throw std::invalid_argument("a record is shorter than its parts");
-    tail = std::max(tail, size_t(record.size) - end);
-  }
-  staged_ += tail;
+  if (size < end) throw std::invalid_argument("a record is shorter than its parts");
+  add(nullptr, size - end);
+  return layout;
 }
 
 void Records::announce(int index) const {
@@ -83,58 +120,46 @@ bool Records::cached(int index) const {
   return preadv2(fd_, &piece, 1, off_t(record.offset + record.size - 1), RWF_NOWAIT) == 1;
 }
 
-Records::Outcome Records::read(int index, int slot, bool wait, Buffer& buffer, std::string& error) const {
+Records::Outcome Records::read(int index, int slot, bool wait, std::string& error) const {
   const Extent& record = records_[size_t(index)];
-  if (buffer.size() < staged_) buffer.resize(staged_);
-  std::vector<iovec> pieces;
-  size_t end = 0, held = 0;
-  auto add = [&](uint8_t* to, size_t size) {
-    for (size_t at = 0; at < size; at += PIECE) pieces.push_back({to + at, std::min(PIECE, size - at)});
-  };
-  auto stage = [&](size_t size) {
-    add(buffer.data() + held, size);
-    held += size;
-  };
-  for (const Part& part : parts_) {
-    stage(part.offset - end);
-    if (part.widen) stage(part.size);
-    else add(part.bank + part.row_bytes * size_t(slot), part.size);
-    end = part.offset + part.size;
-  }
-  stage(size_t(record.size) - end);
-
+  alignas(64) uint8_t staged[STAGED];
+  std::vector<iovec> places;
   Hash hash;
   uint64_t got = 0;
-  for (size_t first = 0; first < pieces.size();) {
-    size_t last = first, size = 0;  // as many buffers as make up a piece
-    while (last < pieces.size() && last - first < MOST_BUFFERS && (size == 0 || size + pieces[last].iov_len <= PIECE)) size += pieces[last++].iov_len;
-    const ssize_t n = preadv2(fd_, pieces.data() + first, int(last - first), off_t(record.offset + got), wait ? 0 : RWF_NOWAIT);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0 && !wait) return NOT_CACHED;  // EAGAIN, or a file system that cannot tell
-    if (n < 0) return error = strerror(errno), FAILED;
-    if (n == 0) return error = std::to_string(got) + " of " + std::to_string(record.size) + " bytes, the file is cut short", FAILED;
-    got += uint64_t(n);
-    for (size_t rest = size_t(n); rest;) {
-      iovec& piece = pieces[first];
-      const size_t take = std::min(rest, piece.iov_len);
-      hash.add(static_cast<const uint8_t*>(piece.iov_base), take);
-      piece.iov_base = static_cast<char*>(piece.iov_base) + take;
-      piece.iov_len -= take;
-      rest -= take;
-      if (!piece.iov_len) first++;
+  for (const auto& pieces : layouts_[record.layout].reads) {
+    places.clear();
+    size_t used = 0;
+    for (const Piece& piece : pieces) {
+      const Part* part = piece.part;
+      places.push_back({piece.staged() ? staged + used : part->bank + part->row_bytes * size_t(slot) + piece.start, piece.size});
+      used += piece.staged() ? piece.size : 0;
+    }
+    for (size_t first = 0; first < places.size();) {
+      const ssize_t n = preadv2(fd_, &places[first], int(places.size() - first), off_t(record.offset + got), wait ? 0 : RWF_NOWAIT);
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0 && !wait) return NOT_CACHED;  // EAGAIN, or a file system that cannot tell
+      if (n < 0) return error = strerror(errno), FAILED;
+      if (n == 0) return error = std::to_string(got) + " of " + std::to_string(record.size) + " bytes, the file is cut short", FAILED;
+      got += uint64_t(n);
+      for (size_t rest = size_t(n); rest;) {
+        iovec& place = places[first];
+        const size_t take = std::min(rest, place.iov_len);
+        hash.add(static_cast<const uint8_t*>(place.iov_base), take);
+        place.iov_base = static_cast<char*>(place.iov_base) + take;
+        place.iov_len -= take;
+        rest -= take;
+        if (!place.iov_len) first++;
+      }
+    }
+    used = 0;
+    for (const Piece& piece : pieces) {
+      if (!piece.staged()) continue;
+      const Part* part = piece.part;
+      if (part) widen(*part, staged + used, piece.size, part->bank + part->row_bytes * size_t(slot) + widened(*part, piece.start));
+      used += piece.size;
     }
   }
   if (hash.digest() != record.digest) return error = "the bytes do not match their digest", FAILED;
-
-  end = held = 0;
-  for (const Part& part : parts_) {
-    held += part.offset - end;
-    if (part.widen) {
-      widen(buffer.data() + held, part.size, part.widen, part.bank + part.row_bytes * size_t(slot));
-      held += part.size;
-    }
-    end = part.offset + part.size;
-  }
   return DONE;
 }
 

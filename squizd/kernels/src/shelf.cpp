@@ -40,9 +40,9 @@ Failure failure_of(const std::string& message) {
   return {};
 }
 
-Shelf::Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots, Rules rules,
-             size_t step)
-    : name_(std::move(name)), layer_(layer), records_(fd, std::move(parts), std::move(records), step),
+Shelf::Shelf(std::string name, int fd, int layer, const std::vector<std::vector<Part>>& layouts, std::vector<Extent> records,
+             int slots, Rules rules, size_t step)
+    : name_(std::move(name)), layer_(layer), records_(fd, layouts, std::move(records), step),
       slots_(records_.count(), slots, std::move(rules)) {}
 
 Shelf::~Shelf() { announcer().forget(records_, true); }
@@ -76,8 +76,7 @@ void Shelf::expect(const uint32_t* ids, int count) {
 void Shelf::bring(std::vector<Missing>& missing, Pool& pool, const std::function<void()>& meanwhile) {
   const auto began = std::chrono::steady_clock::now();
   // What needs no disk, by the threads that compute; if anything else is missing, it is waited for by others, which sleep.
-  buffers_.resize(std::max(buffers_.size(), size_t(std::max(pool.workers(), READERS))));
-  pool.run(int(missing.size()), false, [&](int task, int worker) { read(missing[size_t(task)], false, worker); });
+  pool.run(int(missing.size()), false, [&](int task, int) { read(missing[size_t(task)], false); });
   std::vector<Missing*> cold;
   for (Missing& m : missing)
     if (m.outcome == Records::NOT_CACHED) cold.push_back(&m);
@@ -99,9 +98,7 @@ void Shelf::bring(std::vector<Missing>& missing, Pool& pool, const std::function
   if (failed) report(*failed);
 }
 
-void Shelf::read(Missing& m, bool wait, int worker) {
-  m.outcome = records_.read(m.expert, m.slot, wait, buffers_[size_t(worker)], m.error);
-}
+void Shelf::read(Missing& m, bool wait) { m.outcome = records_.read(m.expert, m.slot, wait, m.error); }
 
 // The system is told ahead what comes: threads that wait for one record each do not keep a disk busy.
 void Shelf::wait_for(const std::vector<Missing*>& cold, const std::function<void()>& meanwhile) {
@@ -115,24 +112,24 @@ void Shelf::wait_for(const std::vector<Missing*>& cold, const std::function<void
       ahead += records_[cold[announced++]->expert].size;
     }
   };
-  auto work = [&](int worker) {
+  auto work = [&] {
     for (size_t task; (task = next.fetch_add(1)) < cold.size();) {
       {
         std::lock_guard lock(announcing);
         announce(task);
         ahead -= records_[cold[task]->expert].size;
       }
-      read(*cold[task], true, worker);
+      read(*cold[task], true);
     }
   };
   announce(0);  // what is needed now comes before what `meanwhile` announces
   std::vector<std::thread> others;
   try {
-    for (int i = 1; i < std::min(READERS, int(cold.size())); i++) others.emplace_back(work, i);
+    for (int i = 1; i < std::min(READERS, int(cold.size())); i++) others.emplace_back(work);
   } catch (const std::system_error&) {  // as many as there can be
   }
   if (meanwhile) meanwhile();
-  work(0);
+  work();
   for (std::thread& other : others) other.join();
 }
 

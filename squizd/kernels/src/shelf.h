@@ -18,9 +18,9 @@ namespace squizd {
 
 class Shelf {
  public:
-  // `name`: what an error message begins with. `parts` in the order of their offsets.
-  Shelf(std::string name, int fd, int layer, std::vector<Part> parts, std::vector<Extent> records, int slots, Rules rules,
-        size_t step);
+  // `name`: what an error message begins with. `layouts`: as in Records.
+  Shelf(std::string name, int fd, int layer, const std::vector<std::vector<Part>>& layouts, std::vector<Extent> records, int slots,
+        Rules rules, size_t step);
   ~Shelf();
 
   // The slots of the `count` expert ids of one token; reads what is missing. Throws std::runtime_error, with the slots empty whose read
@@ -46,7 +46,7 @@ class Shelf {
     std::string error;
   };
   void bring(std::vector<Missing>& missing, Pool& pool, const std::function<void()>& meanwhile);
-  void read(Missing& missing, bool wait, int worker);
+  void read(Missing& missing, bool wait);
   void wait_for(const std::vector<Missing*>& cold, const std::function<void()>& meanwhile);
   [[noreturn]] void report(const Missing& missing) const;
 
@@ -56,7 +56,6 @@ class Shelf {
   Slots slots_;
   Foresight foresight_;
   bool lent_ = false;  // whether slots are decided here: from `arrange` to `take_counts`
-  std::vector<Records::Buffer> buffers_;  // by worker
 };
 
 // The read that failed last, of any shelf, and the message with which it was thrown.

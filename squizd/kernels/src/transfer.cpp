@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "codes.h"
 #include "hash.h"
 
 namespace squizd {
@@ -24,7 +25,20 @@ bool Cuda::load(const char* name) {
          find("cudaMemcpyAsync", copy) && find("cudaStreamSynchronize", wait) && find("cudaStreamDestroy", destroy);
 }
 
-// A piece of a record that one thread reads: bytes [begin, end) of it.
+bool Shelf::as_stored(const Record& record) const {
+  const auto& layout = layouts[record.layout];
+  for (size_t i = 0; i < parts.size(); i++)
+    if (layout[i].narrow != layout[i].wide || layout[i].offset != parts[i].offset) return false;
+  return true;
+}
+
+size_t Shelf::cut(const Record& record, size_t at) const {
+  for (const Stored& part : layouts[record.layout])
+    if (part.narrow != part.wide && part.offset < at && at < part.offset + part.size) return at - (at - part.offset) % size_t(part.narrow);
+  return std::min(at, size_t(record.size));
+}
+
+// A piece of a record that one thread reads: bytes [begin, end) of it, as stored.
 struct Transfer::Task {
   int job;
   size_t begin, end;
@@ -37,7 +51,7 @@ struct Transfer::Job {
   const Shelf* shelf = nullptr;
   int expert = 0, slot = 0, status = 0;
   size_t buffer = 0;
-  uint8_t* data = nullptr;
+  uint8_t *data = nullptr, *stored = nullptr;  // as slots hold it, and as the file does: where nothing is widened the same
   const Record& record() const { return shelf->records[size_t(expert)]; }
 };
 
@@ -58,7 +72,7 @@ Transfer::Transfer(int threads, int spins, int buffers, size_t buffer_bytes, con
     void* memory = nullptr;
     if (on_gpu_ ? cuda_.alloc(&memory, size_, 0) != 0 : posix_memalign(&memory, 4096, size_) != 0) return;
     free_.push_back(buffers_.size());
-    buffers_.push_back({static_cast<uint8_t*>(memory), 0});
+    buffers_.push_back({static_cast<uint8_t*>(memory), 0, {}});
   }
   for (int i = 0; i < threads; i++) threads_.emplace_back([this] { help(); });
   good_ = !threads_.empty() && !buffers_.empty();
@@ -100,10 +114,16 @@ int Transfer::fill(Round& round, const Shelf* shelf, int count, const int* exper
     job.shelf = shelf, job.expert = experts[i], job.slot = slots ? slots[i] : 0;
     job.buffer = free_.back();
     free_.pop_back();
-    job.data = buffers_[job.buffer].data;
-    for (size_t at = 0; at < job.record().size; at += CHUNK) {
+    Buffer& buffer = buffers_[job.buffer];
+    job.data = job.stored = buffer.data;
+    if (!shelf->as_stored(job.record())) {
+      if (buffer.stored.size() < job.record().size) buffer.stored.resize(job.record().size);
+      job.stored = buffer.stored.data();
+    }
+    for (size_t at = 0, end; at < job.record().size; at = end) {
+      end = shelf->cut(job.record(), at + CHUNK);
       Task& task = round.tasks.emplace_back();
-      task.job = i, task.begin = at, task.end = std::min<size_t>(at + CHUNK, job.record().size);
+      task.job = i, task.begin = at, task.end = end;
     }
   }
   return some;
@@ -183,14 +203,31 @@ void* Transfer::shared(size_t size) {
 void Transfer::release(void* memory) { on_gpu_ ? void(cuda_.free(memory)) : ::free(memory); }
 
 int Transfer::copy(const Job& job, const Task& task) const {
-  for (const Part& part : job.shelf->parts) {
-    const size_t from = std::max(task.begin, part.offset), to = std::min(task.end, part.offset + part.size);
-    if (from >= to) continue;
-    uint8_t* target = part.to + part.stride * size_t(job.slot) + (from - part.offset);
-    if (!on_gpu_) memcpy(target, job.data + from, to - from);
-    else if (cuda_.copy(target, job.data + from, to - from, 1, stream_) != 0) return CUDA_FAILED;  // 1: host to device
+  const auto& layout = job.shelf->layouts[job.record().layout];
+  for (size_t i = 0; i < layout.size(); i++) {
+    const Part& part = job.shelf->parts[i];
+    const Stored& stored = layout[i];
+    const size_t first = std::max(task.begin, stored.offset), last = std::min(task.end, stored.offset + stored.size);
+    if (first >= last) continue;
+    const size_t from = stored.widened(first - stored.offset), to = stored.widened(last - stored.offset);
+    uint8_t* target = part.to + part.stride * size_t(job.slot) + from;
+    const uint8_t* source = job.data + part.offset + from;
+    if (!on_gpu_) memcpy(target, source, to - from);
+    else if (cuda_.copy(target, source, to - from, 1, stream_) != 0) return CUDA_FAILED;  // 1: host to device
   }
   return 0;
+}
+
+void Transfer::widen(const Job& job, const Task& task) {
+  const auto& layout = job.shelf->layouts[job.record().layout];
+  for (size_t i = 0; i < layout.size(); i++) {
+    const Stored& stored = layout[i];
+    const size_t first = std::max(task.begin, stored.offset), last = std::min(task.end, stored.offset + stored.size);
+    if (first >= last) continue;
+    uint8_t* to = job.data + job.shelf->parts[i].offset + stored.widened(first - stored.offset);
+    if (stored.narrow == stored.wide) memcpy(to, job.stored + first, last - first);
+    else widen_codes(job.stored + first, last - first, stored.narrow, stored.wide, to);
+  }
 }
 
 void Transfer::announce() {
@@ -226,11 +263,12 @@ void Transfer::read(Round& round) {
     Task& task = round.tasks[i];
     const Job& job = round.jobs[size_t(task.job)];
     for (size_t at = task.begin; at < task.end && !task.status;) {
-      const ssize_t n = pread(job.shelf->fd, job.data + at, task.end - at, off_t(job.record().offset + at));
+      const ssize_t n = pread(job.shelf->fd, job.stored + at, task.end - at, off_t(job.record().offset + at));
       if (n > 0) at += size_t(n);
       else if (n == 0) task.status = CUT_SHORT;
       else if (errno != EINTR) task.status = errno;
     }
+    if (!task.status && job.stored != job.data) widen(job, task);
     task.state.store(Task::READ, std::memory_order_release);
   }
 }
@@ -246,7 +284,7 @@ bool Transfer::hash() {
     hashing_++;
   }
   squizd::Hash hash;
-  hash.add(job.data, job.record().size);
+  hash.add(job.stored, job.record().size);
   const bool same = hash.digest() == job.record().digest;
   {
     std::lock_guard lock(mutex_);

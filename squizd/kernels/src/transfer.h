@@ -1,5 +1,6 @@
 // Records from a file to a GPU's memory: many threads read chunks into pinned memory, one copies them from there to the
 // GPU as they arrive, and each record's XXH64 is computed after that, beside whatever the GPU does next.
+// Codes of fewer bits than slots have for them are widened by the threads that read them, in pinned memory.
 // Without a CUDA library the copies are plain ones, for tests and for memory that both sides share.
 #pragma once
 #include <stddef.h>
@@ -32,21 +33,33 @@ struct Cuda {
   bool load(const char* name);
 };
 
+// A part of a record as slots hold it: `size` bytes at `offset` of it go to `to` in slot 0.
 struct Part {
   size_t offset, size;
-  uint8_t* to;  // of slot 0
-  size_t stride;
+  uint8_t* to;
+  size_t stride;  // bytes from slot to slot
+};
+
+// The same part as it is stored: codes of `narrow` bits become codes of `wide` bits, or the two are the same: bytes are copied.
+struct Stored {
+  size_t offset, size;
+  int narrow, wide;
+  size_t widened(size_t bytes) const { return bytes / size_t(narrow) * size_t(wide); }
 };
 
 struct Record {
   uint64_t offset, size, digest;
+  size_t layout;
 };
 
 // How one layer's records lie in the file, and where their parts go.
 struct Shelf {
   int fd;
   std::vector<Part> parts;
+  std::vector<std::vector<Stored>> layouts;  // of each, its parts in the order of `parts`
   std::vector<Record> records;
+  bool as_stored(const Record& record) const;  // whether slots hold it as the file does
+  size_t cut(const Record& record, size_t at) const;  // the last place up to `at` where it can be read and widened in two pieces
 };
 
 struct Rejected {
@@ -91,6 +104,7 @@ class Transfer {
   int fill(Round& round, const Shelf* shelf, int count, const int* experts, const int* slots);
   void finish(Round& round);
   int copy(const Job& job, const Task& task) const;
+  static void widen(const Job& job, const Task& task);
   void announce();
   void help();
   static void read(Round& round);
@@ -104,6 +118,7 @@ class Transfer {
   struct Buffer {
     uint8_t* data;
     int holders;  // of what is in it: the one who fetches it, and its digest
+    std::vector<uint8_t> stored;  // a record that must be widened into `data`
   };
   void let_go(size_t buffer);  // with `mutex_`
 

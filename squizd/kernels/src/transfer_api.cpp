@@ -2,6 +2,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "codes.h"
 #include "exchange.h"
 
 using namespace squizd;
@@ -9,6 +10,11 @@ using namespace squizd;
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT const char* squizd_sources() { return SQUIZD_SOURCES; }
+
+// See codes.h.
+EXPORT void squizd_widen_codes(const uint8_t* from, uint64_t size, int narrow, int wide, uint8_t* to) {
+  widen_codes(from, size_t(size), narrow, wide, to);
+}
 
 // Null if there is no memory or no such library.
 EXPORT void* squizd_transfer_open(int threads, int spins, int buffers, uint64_t buffer_bytes, const char* library) {
@@ -18,13 +24,18 @@ EXPORT void* squizd_transfer_open(int threads, int spins, int buffers, uint64_t 
 
 EXPORT void squizd_transfer_close(void* transfer) { delete static_cast<Transfer*>(transfer); }
 
-// parts: [count][offset, size, address of slot 0, bytes from slot to slot]; records: [count][offset, size, digest]
-EXPORT void* squizd_shelf_open(int fd, int parts, const uint64_t* part, int records, const uint64_t* record) {
+// parts: [count][offset in a record as slots hold it, size there, address of slot 0, bytes from slot to slot]; layouts:
+// [count][parts][offset, size, bits of codes as stored and in slots: 1 and 1 if they are copied]; records: [count][offset, size, digest, layout]
+EXPORT void* squizd_shelf_open(int fd, int parts, const uint64_t* part, int layouts, const uint64_t* stored, int records, const uint64_t* record) {
   auto shelf = std::make_unique<Shelf>();
   shelf->fd = fd;
   for (int i = 0; i < parts; i++, part += 4)
     shelf->parts.push_back({size_t(part[0]), size_t(part[1]), reinterpret_cast<uint8_t*>(part[2]), size_t(part[3])});
-  for (int i = 0; i < records; i++, record += 3) shelf->records.push_back({record[0], record[1], record[2]});
+  for (int i = 0; i < layouts; i++) {
+    auto& layout = shelf->layouts.emplace_back();
+    for (int j = 0; j < parts; j++, stored += 4) layout.push_back({size_t(stored[0]), size_t(stored[1]), int(stored[2]), int(stored[3])});
+  }
+  for (int i = 0; i < records; i++, record += 4) shelf->records.push_back({record[0], record[1], record[2], size_t(record[3])});
   return shelf.release();
 }
 
