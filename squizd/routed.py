@@ -75,8 +75,9 @@ class ExpertInputs:
 
     def hidden(self, x: mx.array, expert: int, module: nn.Module | None = None) -> mx.array:
         """What the last projection of an expert gets for inputs x [tokens, in]; `module` in place of its own."""
-        one, indices = alone(module or self.module, expert), mx.zeros((x.shape[0], 1), mx.uint32)
-        x = x[:, None, None, :]
+        one, indices = alone(module or self.module, expert), mx.zeros(x.shape[0], mx.uint32)
+        # Not x[:, None]: of such a view MLX 0.32's sorted gather_mm reads the wrong rows on GPUs (its issue 4253).
+        x = mx.contiguous(x).reshape(x.shape[0], 1, -1)
         if isinstance(self.module, SwitchGLU):
             up, gate = (one[name](x, indices, sorted_indices=True) for name in ("up_proj", "gate_proj"))
             out = one.activation(up, gate)
