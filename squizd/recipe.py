@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -85,14 +86,17 @@ class Recipe:
         return {"expert": self.experts, "router": self.routers}.get(role, self.others)
 
     def describe(self) -> dict[str, object]:
-        """For the file's metadata."""
-        return {
+        """For the file's metadata; of experts apart how many there are, as each record says what it has."""
+        found: dict[str, object] = {
             "name": self.name,
             "experts": str(self.experts),
             "routers": str(self.routers),
             "others": str(self.others),
             "overrides": [[pattern, str(spec)] for pattern, spec in self.overrides],
         }
+        if self.apart:
+            found["apart"] = {name: Counter(map(str, some.values())) for name, some in self.apart.items()}
+        return found
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -118,6 +118,8 @@ def test_experts_of_a_layer_get_the_encodings_that_the_plan_names(tiny: Path, tm
     squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", quantizer="minmax")
     weights = {k: v for shard in sorted(tiny.glob("*.safetensors")) for k, v in mx.load(str(shard)).items()}
     with squizd.open(tmp_path / "a") as f:
+        down = GATE.replace("gate_proj", "down_proj")
+        assert f.metadata["recipe"]["apart"] == {GATE: {"2g64": 2, "8g64": 1}, down: {"3g64": 2}}
         layer = f.moe_layers[0]
         for expert in range(layer.expert_count):
             arrays = f.expert_arrays(layer.layer, expert)
