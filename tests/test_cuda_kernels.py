@@ -31,9 +31,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             except BuildError as error:
                 pytest.skip(str(error))
             patch.setattr(mx.fast, "cuda_kernel", emulated.cuda_kernel(tmp_path_factory.mktemp("kernels")))
-        cuda._kernel.cache_clear()
+        cuda.compiled.cache_clear()
         yield
-    cuda._kernel.cache_clear()
+    cuda.compiled.cache_clear()
 
 
 def hessians(stack: int, width: int) -> np.ndarray:

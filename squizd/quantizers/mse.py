@@ -39,7 +39,7 @@ from squizd import kernels
 from squizd.backend import on_cpu, on_cuda
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
-from squizd.quantizers import cuda
+from squizd.quantizers import cuda_fit
 from squizd.quantizers.minmax import minmax
 from squizd.quantizers.packing import DTYPES, Quantized, pack
 
@@ -208,7 +208,7 @@ def _fit_on_cuda(
     inset = INSET.get(encoding.bits, {}).get(encoding.group_size)
     edges, moves = ([], ()) if inset is None else (_offsets(plan, inset), plan.refinements)
     factors = _factors(encoding.bits, DTYPES[encoding.dtype])
-    found = cuda.fit(
+    found = cuda_fit.fit(
         w, (codes, scales, biases), encoding.bits, encoding.group_size, weights, start, rows_per_weight,
         [MARGIN, MARGIN_ABSOLUTE, *edges, *moves, *factors], (len(edges), len(moves), len(factors), ROUNDS),
     )  # fmt: skip
