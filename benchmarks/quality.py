@@ -40,7 +40,7 @@ def plans(args: argparse.Namespace, seed: int, target: float, zstd: bool) -> dic
     """The allocated plans for a target, and the control; with `zstd` that plan under its name."""
     checkpoint = open_checkpoint(args.model)
     candidates, fixed, parameters = choosing.survey(checkpoint)
-    kept = args.out / f"units-{'zstd-' * zstd}{seed}.json"
+    kept = args.out / f"options-{'zstd-' * zstd}{seed}.json"
     if not kept.exists():
         guide = prepare(checkpoint, "gptq", calibration(args, seed), args.out / f"statistics-{seed}.npz")
         units = planning.measure(

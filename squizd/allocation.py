@@ -43,6 +43,11 @@ class Target:
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.bits_per_weight, self.file_bytes, self.saved)) > 1:
             raise RecipeError("a target and a plan, or two targets, contradict each other", hint="give one of them")
+        if self.alike and self.bits_per_weight is None and self.file_bytes is None:
+            raise RecipeError(
+                "alike says how a target is reached, and there is none",
+                hint='give --target-bpw or --target-size, or take what is under "apart" out of the plan',
+            )
 
     @property
     def name(self) -> str:
@@ -85,20 +90,20 @@ def undivided(unit: Unit) -> Unit:
 class Plan:
     """What was chosen: encodings by tensor name. `bits_per_weight` counts everything stored.
 
-    `experts`: by tensor name, encodings that differ from the tensor's and the experts that have them.
+    `apart`: by tensor name, encodings that differ from the tensor's and the experts that have them.
     """
 
     bits_per_weight: float
     tensors: dict[str, str]
     expected: dict[str, float] = field(default_factory=dict)
-    experts: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    apart: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def recipe(self, name: str, overrides: Sequence[str] = ()) -> Recipe:
         """As a recipe of this name; `overrides` go before the plan, for all experts of a tensor."""
         before = make_recipe("mixed", overrides)
         apart = {
-            tensor: {expert: parse_spec(spec) for spec, some in apart.items() for expert in some}
-            for tensor, apart in self.experts.items()
+            tensor: {expert: parse_spec(spec) for spec, some in specs.items() for expert in some}
+            for tensor, specs in self.apart.items()
             if before.override(tensor) is None
         }
         planned = make_recipe("mixed", [*(f"{tensor}={spec}" for tensor, spec in self.tensors.items()), *overrides])
@@ -108,9 +113,9 @@ class Plan:
         """Write it as JSON, to read, edit and replay; OutputError if that fails."""
         facts = {"bits_per_weight": self.bits_per_weight, "tensors": self.tensors, "expected": self.expected}
         text = json.dumps(facts, indent=1)
-        if self.experts:  # a line for each tensor
-            lines = (f"  {json.dumps(name)}: {json.dumps(apart)}" for name, apart in self.experts.items())
-            text = text.removesuffix("\n}") + ',\n "experts": {\n' + ",\n".join(lines) + "\n }\n}"
+        if self.apart:  # a line for each tensor
+            lines = (f"  {json.dumps(name)}: {json.dumps(specs)}" for name, specs in self.apart.items())
+            text = text.removesuffix("\n}") + ',\n "apart": {\n' + ",\n".join(lines) + "\n }\n}"
         partial = Path(f"{path}.partial")
         try:
             partial.write_text(text + "\n", "utf-8")
@@ -127,12 +132,12 @@ class Plan:
             tensors = facts["tensors"]
             if not all(isinstance(k, str) and isinstance(v, str) for k, v in tensors.items()):
                 raise TypeError("tensors must be names and encodings")
-            experts = {name: dict(apart) for name, apart in facts.get("experts", {}).items()}
-            for name, apart in experts.items():
-                numbers = [number for some in apart.values() for number in some]
+            apart = {name: dict(specs) for name, specs in facts.get("apart", {}).items()}
+            for name, specs in apart.items():
+                numbers = [number for some in specs.values() for number in some]
                 if name not in tensors or len(set(numbers)) != len(numbers) or any(type(n) is not int for n in numbers):
                     raise TypeError(f"experts of {name} must be numbers, each once, of a tensor with an encoding")
-            return cls(float(facts.get("bits_per_weight", 0)), tensors, dict(facts.get("expected", {})), experts)
+            return cls(float(facts.get("bits_per_weight", 0)), tensors, dict(facts.get("expected", {})), apart)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"{path} holds no plan: {error}", hint="--save-plan writes one") from error
 
@@ -142,7 +147,7 @@ class Plan:
         lines = []
         for name, spec in self.tensors.items():
             expected = f"  expected KL divergence {self.expected[name]:.6f}" if name in self.expected else ""
-            apart = "".join(f", {len(some)} experts {other}" for other, some in self.experts.get(name, {}).items())
+            apart = "".join(f", {len(some)} experts {other}" for other, some in self.apart.get(name, {}).items())
             lines.append(f"{name:{width}}  {spec + apart:6}{expected}")
         return "\n".join([*lines, f"{self.bits_per_weight:.3f} bits per weight"])
 

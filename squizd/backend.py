@@ -37,6 +37,11 @@ def on_cuda() -> bool:
     return not on_cpu() and bool(mx.cuda.is_available())
 
 
+def kind_of_device() -> str:
+    """Where MLX computes by default: "cpu", "cuda" or "metal"."""
+    return "cpu" if on_cpu() else "cuda" if on_cuda() else "metal"
+
+
 def current_stream() -> mx.Stream:
     """Where this thread computes by default."""
     import mlx.core as mx

@@ -49,7 +49,7 @@ class Summary:
     """What `compress` did. Sizes in bytes; `unquantized` names tensors whose rows fit no group.
 
     `memory_bits_per_weight`: of the model once read, where records are not compressed and experts of a layer have equal
-    room.
+    room, in the file's number types (CPUs hold scales and biases in float32).
     """
 
     path: str
@@ -97,10 +97,11 @@ def compress(
     have few digits). Experts of a projection may get two widths: in memory each takes the room of the wider one, unless
     `alike` forbids it. `save_plan` writes what was chosen, `plan` does as such a file says.
 
-    The same source and arguments give the same bytes; an interrupted run leaves `output`.partial (and `output`.work:
-    what it learned from text), and the same call goes on from there. A source that is quantized for MLX passes
-    untouched, whatever the recipe. A repository is fetched shard by shard and not kept, unless `keep_source` puts it
-    into the hub's cache; so do `zstd` and calibration, which read it in another order or more than once.
+    The same source and arguments give the same bytes on the same kind of device; an interrupted run leaves
+    `output`.partial (and `output`.work: what it learned from text), and the same call goes on from there. A source that
+    is quantized for MLX passes untouched, whatever the recipe. A repository is fetched shard by shard and not kept,
+    unless `keep_source` puts it into the hub's cache; so do `zstd` and calibration, which read it in another order or
+    more than once.
     Raises SourceError, RecipeError, TextError, OutputError.
     """
     started = time.perf_counter()
@@ -126,7 +127,7 @@ def compress(
         if target.name:
             from .choosing import chosen_plan
 
-            made = chosen_plan(checkpoint, guide, target, preparing, work)
+            made = chosen_plan(checkpoint, guide, target, preparing, work, overrides)
             chosen = made.recipe(target.name, overrides)
         weights, job = lay_out(checkpoint, chosen)
         whole = plan_of_file(checkpoint, job, chosen, method, zstd, guide)
@@ -163,6 +164,7 @@ def plan(
     source: str | os.PathLike[str],
     *,
     quantizer: str | None = None,
+    overrides: Sequence[str] = (),
     calibration: str | os.PathLike[str] | Calibration | None = None,
     statistics: str | os.PathLike[str] | None = None,
     target_bpw: float | None = None,
@@ -185,7 +187,7 @@ def plan(
         from .guide import prepare
 
         guide = prepare(checkpoint, method, calibration, statistics, preparing)
-        return chosen_plan(checkpoint, guide, target, preparing)
+        return chosen_plan(checkpoint, guide, target, preparing, overrides=overrides)
 
 
 def _method(quantizer: str | None, calibration: object) -> str:

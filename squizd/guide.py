@@ -5,6 +5,7 @@ Between the pipeline, which knows tensors and files, and quantizers, which know 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from . import corpus as corpora
-from .backend import on_cuda
+from .backend import kind_of_device, on_cuda
 from .checkpoint import Checkpoint
 from .container.layout import Encoding
 from .corpus import Corpus
 from .errors import RecipeError, SourceError
 from .knowledge import Statistics
 from .quantizers import Quantized, quantize, shifted
-from .single import Stored, stored
+from .single import Stored, with_stored
 from .workplace import Workplace
 
 if TYPE_CHECKING:
@@ -59,10 +60,14 @@ class Guide:
         self._here: ExpertInputs | None = None
         self._kept: tuple[tuple[str, bool], list[mx.array], list[mx.array]] | None = None
         self._stored: dict[str, Stored] = {}  # projections of this expert module so far
-        self._digest = statistics.digest() if statistics else ""
+        known = statistics.digest() if statistics else ""
+        self._digest = hashlib.sha256(repr((known, windows, kind_of_device())).encode()).hexdigest()
 
     def digest(self) -> str:
-        """Changes with everything that quantization depends on, the method apart."""
+        """Changes with everything that quantization depends on, weights and method apart.
+
+        That is also where it is done: fits on GPUs are as good as on CPUs, not the same bits.
+        """
         return self._digest
 
     def approach(self, module: str) -> None:
@@ -88,25 +93,31 @@ class Guide:
         return None if found is None else mx.array(found)
 
     def quantize(self, path: str, w: mx.array, encoding: Encoding, experts: Sequence[int] | None = None) -> Quantized:
-        """Quantize the tensor `path` (without ".weight"), or some `experts` of it, which `w` are.
+        """Quantize the tensor `path` (without ".weight"), or some `experts` of it. Raises as `quantizers.quantize`."""
+        module, _, projection = path.rpartition(".")
+        if encoding.mode == "affine" and self._here is not None and self._here.path == module:
+            return self._with_feedback(projection, w, encoding, experts or range(w.shape[0]), self._here)
+        if experts is None:
+            return self._alone(path, w, encoding, self.importance(path))
+        importance = self.importance(path)
+        size = max(1, BATCH_BYTES // (4 * w.shape[-1] * w.shape[-2]))
+        parts = []
+        for start in range(0, len(experts), size):  # copied, so not all at once
+            some = mx.array(list(experts[start : start + size]))
+            parts.append(self._alone(path, w[some], encoding, None if importance is None else importance[some]))
+        return _joined(parts)
 
-        RecipeError as `quantizers.quantize`.
-        """
+    def _alone(self, path: str, w: mx.array, encoding: Encoding, importance: mx.array | None) -> Quantized:
+        """Without feedback from inputs that are here now."""
         # Microscaling formats have nothing to fit: their one way is round to nearest.
         if encoding.mode != "affine" or self.method == "minmax":
             return quantize(w, encoding, "minmax")
-        module, _, projection = path.rpartition(".")
-        if self._here is None or self._here.path != module:
-            hessian = self.statistics.hessian(path) if self.statistics and self.method == "gptq" else None
-            if hessian is None or w.ndim != 2:
-                importance = self.importance(path)
-                if importance is not None and importance.ndim == 2 and experts is not None:
-                    importance = importance[mx.array(list(experts))]
-                return quantize(w, encoding, "mse", importance, self._short)
-            size = max(1, BATCH_BYTES // (4 * w.shape[-1]))
-            return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian), self._short)
-                            for i in range(0, w.shape[0], size)])  # fmt: skip
-        return self._with_feedback(projection, w, encoding, experts or range(w.shape[0]), self._here)
+        hessian = self.statistics.hessian(path) if self.statistics and self.method == "gptq" else None
+        if hessian is None or w.ndim != 2:
+            return quantize(w, encoding, "mse", importance, self._short)
+        size = max(1, BATCH_BYTES // (4 * w.shape[-1]))
+        return _joined([quantize(w[i : i + size], encoding, "gptq", mx.array(hessian), self._short)
+                        for i in range(0, w.shape[0], size)])  # fmt: skip
 
     def _with_feedback(
         self, projection: str, w: mx.array, encoding: Encoding, experts: Sequence[int], inputs: ExpertInputs
@@ -118,11 +129,12 @@ class Guide:
         layer, kept = self._products(projection, inputs)
         size = max(1, (BATCH_BYTES_CUDA if on_cuda() else BATCH_BYTES) // sum(x.nbytes for x in layer))
         parts = []
-        for start in range(0, w.shape[0], size):
+        for start in range(0, len(experts), size):
             some = experts[start : start + size]
-            own = [x[mx.array(list(some))] for x in kept] or self._sums(projection, inputs, some)
+            numbers = mx.array(list(some))
+            own = [x[numbers] for x in kept] or self._sums(projection, inputs, some)
             hessian, *pull = (inputs.mixed(x, whole) for x, whole in zip(own, layer, strict=True))
-            part = w[start : start + size]
+            part = w[numbers]
             if pull:
                 part = shifted(part, hessian, pull[0])
             parts.append(quantize(part, encoding, "gptq", hessian, self._short))
@@ -136,7 +148,7 @@ class Guide:
     def _sums(self, projection: str, inputs: ExpertInputs, experts: Sequence[int]) -> list[mx.array]:
         """Sums over some experts' tokens: the Hessians, and for the last projection what pulls at its weights."""
         if projection == inputs.last and self._stored:
-            return list(inputs.disturbed(experts, stored(inputs.module, self._stored)))
+            return list(inputs.disturbed(experts, with_stored(inputs.module, self._stored)))
         return [inputs.hessians(projection, experts)]
 
     def _products(self, projection: str, inputs: ExpertInputs) -> tuple[list[mx.array], list[mx.array]]:
@@ -230,7 +242,9 @@ def _statistics(
     amount = (calibration.context, calibration.windows, calibration.seed)
     kept = None
     if path is None and work is not None:
-        path = kept = work.place("statistics", checkpoint.fingerprint(), text.sha256, text.name, amount)
+        path = kept = work.place(
+            "statistics", checkpoint.fingerprint(), text.sha256, text.name, amount, kind_of_device()
+        )
         if kept.exists():
             try:
                 return Statistics.load(kept)

@@ -113,6 +113,11 @@ def lay_out(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, mx.array]
             f"{where}: tensor {min(left)} has no place in {checkpoint.config['model_type']} ({len(left)} such)"
         )
     recipe.check_overrides(job.quantizable)
+    if unknown := sorted(recipe.apart.keys() - set(job.quantizable)):
+        raise RecipeError(
+            f"{unknown[0]}: no tensor of this name can be quantized",
+            hint="experts apart are listed by whole tensor names, with .weight",
+        )
     return weights, job
 
 
@@ -160,9 +165,14 @@ def _apart(name: str, role: str, encoding: Encoding, shape: tuple[int, ...], rec
     """What the experts apart from the others get. RecipeError if a reader could not hold them in one array."""
     found = {}
     for expert, spec in recipe.apart.get(name, {}).items():
+        if role != "expert":
+            raise RecipeError(f"{name} has no experts", hint="experts apart are listed by tensors of expert modules")
+        if not 0 <= expert < shape[0]:
+            raise RecipeError(
+                f"{name} has {shape[0]} experts, and {expert} is none of them", hint="experts are counted from 0"
+            )
         other = choose(spec, encoding.dtype, tuple(shape))
-        alike = other is not None and replace(other, bits=encoding.bits) == encoding and encoding.mode == "affine"
-        if role != "expert" or not 0 <= expert < shape[0] or other is None or not alike:
+        if other is None or encoding.mode != "affine" or replace(other, bits=encoding.bits) != encoding:
             raise RecipeError(
                 f"{name}: expert {expert} cannot be {spec} beside {encoding}",
                 hint="experts of a tensor may differ in bits, not in group size",

@@ -82,8 +82,11 @@ class Statistics:
                     kind, _, key = name.partition(" ")
                     if key:
                         getattr(found, kind)[key] = z[name]
-                if found.squares.keys() != found.tokens.keys():
-                    raise KeyError("they are an earlier version's, make them anew")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, BadZipFile) as error:
-            raise SourceError(f"{path} holds no calibration statistics: {error}") from error
+            raise SourceError(
+                f"{path} holds no calibration statistics: {error}",
+                hint="--statistics writes them if the file is not there",
+            ) from error
+        if found.squares.keys() != found.tokens.keys():
+            raise SourceError(f"{path} holds an earlier version's statistics", hint="delete it, and they are made anew")
         return found

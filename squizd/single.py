@@ -79,7 +79,7 @@ def alone(module: nn.Module, expert: int) -> nn.Module:
     return one
 
 
-def stored(module: nn.Module, projections: dict[str, Stored]) -> nn.Module:
+def with_stored(module: nn.Module, projections: dict[str, Stored]) -> nn.Module:
     """`module` with projections as a file stores them. All else is shared."""
     found: nn.Module = copy.copy(module)
     for name, weights in projections.items():

@@ -133,7 +133,7 @@ def _encode(item: Item, weights: dict[str, mx.array], guide: Guide) -> Callable[
                 stacks = [_evaluated(guide.quantize(path, w, item.encoding))]
             else:
                 groups = _groups(item, w.shape[0])
-                stacks = [_evaluated(guide.quantize(path, w[mx.array(some)], encoding, some))
+                stacks = [_evaluated(guide.quantize(path, w, encoding, some))
                           for encoding, some in groups.items()]  # fmt: skip
                 place = {e: (stack, row) for stack, some in enumerate(groups.values()) for row, e in enumerate(some)}
         except RecipeError as error:

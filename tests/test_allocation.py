@@ -18,6 +18,7 @@ from squizd.allocation import Option, Plan, Unit, allocate, shuffled
 from squizd.checkpoint import open_checkpoint
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError
+from squizd.guide import Calibration
 from squizd.inspection import weight_size
 from squizd.planning import divided
 
@@ -69,6 +70,17 @@ def test_the_control_has_the_same_encodings_and_size() -> None:
     assert sorted(o.spec for o in dealt) == sorted(o.spec for o in chosen)
     assert [o.spec for o in dealt] != [o.spec for o in chosen]
     assert dealt == shuffled(some, chosen, 5)
+
+
+def test_the_control_draws_experts() -> None:
+    options = (Option("2g64", 100, 1.0), Option("2g64", 150, 0.5, "3g64", (0, 1, 2, 3)))
+    some = [Unit(f"t{i}", 100, options, 8) for i in range(12)]
+    chosen = [options[i % 2] for i in range(12)]
+    dealt = shuffled(some, chosen, 1)
+    assert sorted((o.bits, len(o.experts)) for o in dealt) == sorted((o.bits, len(o.experts)) for o in chosen)
+    drawn = {o.experts for o in dealt if o.experts}
+    assert len(drawn) > 3
+    assert all(len(set(e)) == 4 and set(e) <= set(range(8)) for e in drawn)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"tensors": {"a": 3}}', '{"tensors": [1]}'])
@@ -124,7 +136,7 @@ def test_experts_of_a_layer_get_the_encodings_that_the_plan_names(tiny: Path, tm
         for expert in range(layer.expert_count):
             arrays = f.expert_arrays(layer.layer, expert)
             for projection in ("gate_proj", "up_proj", "down_proj"):
-                apart = plan.experts.get(GATE.replace("gate_proj", projection), {})
+                apart = plan.apart.get(GATE.replace("gate_proj", projection), {})
                 bits = next((int(s[0]) for s, some in apart.items() if expert in some), 4)
                 source = weights[f"model.layers.0.mlp.experts.{expert}.{projection}.weight"]
                 codes, *grids = mx.quantize(source, group_size=64, bits=bits)
@@ -139,7 +151,9 @@ def test_experts_of_a_layer_get_the_encodings_that_the_plan_names(tiny: Path, tm
     ("apart", "message"),
     [
         ({GATE: {"3g32": [0]}}, "expert 0 cannot be 3g32 beside affine"),
-        ({GATE: {"3g64": [64]}}, "expert 64 cannot be 3g64"),
+        ({GATE: {"3g64": [64]}}, "has 32 experts, and 64 is none of them"),
+        ({"model.embed_tokens.weight": {"3g64": [0]}}, "embed_tokens.weight has no experts"),
+        ({"model.norm.weight": {"3g64": [0]}}, "holds no plan"),
         ({GATE: {"keep": [1]}}, "expert 1 cannot be keep"),
         ({GATE: {"3g64": [1, 1]}}, "holds no plan"),
         ({GATE: {"3g64": [1], "2g64": [1]}}, "holds no plan"),
@@ -149,11 +163,73 @@ def test_experts_of_a_layer_get_the_encodings_that_the_plan_names(tiny: Path, tm
 )
 def test_experts_that_cannot_be_apart(apart: dict[str, Any], message: str, tiny: Path, tmp_path: Path) -> None:
     plan = mixed_plan(tiny, tmp_path / "plan")
-    plan.experts = apart
+    plan.apart = apart
     plan.save(tmp_path / "plan")
     with pytest.raises(RecipeError, match=message):
         squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", quantizer="minmax")
     assert [p.name for p in tmp_path.iterdir()] == ["plan"]
+
+
+def test_experts_apart_are_fitted_as_all_would_be(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """mse with each expert's own statistics: the bytes of files that have one encoding for all."""
+    known = {"calibration": Calibration(text, 4, 24), "statistics": tmp_path / "s", "quantizer": "mse"}
+    plan = mixed_plan(tiny, tmp_path / "plan")
+    squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", **known)
+    for bits in (2, 4, 8):
+        Plan(4.0, {**plan.tensors, GATE: f"{bits}g64"}).save(tmp_path / "even")
+        squizd.compress(tiny, tmp_path / "b", plan=tmp_path / "even", force=True, **known)
+        with squizd.open(tmp_path / "a") as a, squizd.open(tmp_path / "b") as b:
+            layer = a.moe_layers[0].layer
+            some = [e for e in range(a.moe_layers[0].expert_count) if bits == {0: 2, 3: 2, 1: 8}.get(e, 4)]
+            assert some
+            for expert in some:
+                found = [
+                    [bytes(f.read_expert(layer, expert)[offset : offset + size]) for _, offset, size in t.parts]
+                    for f in (a, b)
+                    for t in f.layouts[f.expert(layer, expert).layout].tensors
+                    if t.name == "gate_proj.weight"
+                ]
+                assert found[0] == found[1]
+
+
+def test_bits_in_memory_are_those_of_the_widest(tiny: Path, tmp_path: Path, cli: CommandLine) -> None:
+    mixed_plan(tiny, tmp_path / "plan")
+    made = squizd.compress(tiny, tmp_path / "a", plan=tmp_path / "plan", quantizer="minmax")
+    with squizd.open(tmp_path / "a") as f:
+        total = sum(t.weight_bytes for t, _ in f.residents.values())
+        for x in f.moe_layers:
+            for name in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
+                every = [
+                    t.weight_bytes for r in f.experts(x.layer) for t in f.layouts[r.layout].tensors if t.name == name
+                ]
+                total += x.expert_count * max(every)
+        assert made.memory_bits_per_weight == pytest.approx(8 * total / weight_size(f).parameters)
+    assert made.memory_bits_per_weight > made.bits_per_weight + 0.1
+    out = (
+        cli("compress", tiny, "-o", tmp_path / "b", "--plan", tmp_path / "plan", "--quantizer", "minmax").success().out
+    )
+    assert f"({made.memory_bits_per_weight:.3f} in memory)" in out
+
+
+def test_experts_are_alike_if_that_is_asked_for(tiny: Path, text: Path, tmp_path: Path) -> None:
+    known = {"calibration": Calibration(text, 4, 24), "statistics": tmp_path / "s", "quantizer": "mse"}
+    plans = [squizd.plan(tiny, target_bpw=3.2, alike=alike, **known) for alike in (False, True)]
+    assert plans[0].apart
+    assert not plans[1].apart
+    assert sum(plans[0].expected.values()) < sum(plans[1].expected.values())
+    assert all(3.15 < plan.bits_per_weight <= 3.2 for plan in plans)
+    with pytest.raises(RecipeError, match="there is none"):
+        squizd.compress(tiny, tmp_path / "a", alike=True)
+
+
+def test_overrides_count_in_a_target(tiny: Path, text: Path, tmp_path: Path) -> None:
+    known = {"calibration": Calibration(text, 4, 24), "statistics": tmp_path / "s", "quantizer": "mse"}
+    squizd.compress(tiny, tmp_path / "a", target_bpw=4.6, overrides=["*down_proj=8g32"], **known)
+    with squizd.open(tmp_path / "a") as f:
+        assert 4.5 < weight_size(f).bits_per_weight <= 4.6
+        assert {str(t.encoding) for x in f.layouts for t in x.tensors if t.name == "down_proj.weight"} == {
+            "affine 8-bit g32 (bf16)"
+        }
 
 
 def test_an_override_is_for_all_experts_of_a_plan(tiny: Path, tmp_path: Path) -> None:
@@ -217,7 +293,7 @@ def test_a_file_has_the_bits_that_were_asked_for_and_its_plan_can_be_replayed(
     facts = json.loads(plan.read_text())
     changed = next(name for name in facts["tensors"] if "down_proj" in name)
     facts["tensors"][changed] = "8g32"
-    facts.get("experts", {}).pop(changed, None)
+    facts.get("apart", {}).pop(changed, None)
     plan.write_text(json.dumps(facts))
     cli("compress", tiny, "-o", tmp_path / "c", *options, *MSE, "--plan", plan).success()
     with squizd.open(tmp_path / "c") as f:

@@ -21,11 +21,11 @@ from squizd.checkpoint import open_checkpoint
 from squizd.container.layout import Encoding
 from squizd.errors import RecipeError, SourceError
 from squizd.evaluation import Subject
-from squizd.guide import Calibration, Guide
+from squizd.guide import Calibration, Guide, prepare
 from squizd.kernels import layers
 from squizd.knowledge import Statistics
 from squizd.routed import PRIOR_TOKENS
-from squizd.single import stored
+from squizd.single import with_stored
 
 CONTEXT, COUNT = 24, 5
 
@@ -163,20 +163,27 @@ def test_hessians_are_sums_of_products(
 def test_the_last_projection_makes_up_for_the_rounding_of_the_others(
     tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64: what it makes of its disturbed inputs is nearer to the truth than without looking at them."""
+    """In float64: what it makes of its disturbed inputs is nearer to the truth than without looking at them.
+
+    Experts of a projection have two widths, which are quantized one after the other.
+    """
     checkpoint = open_checkpoint(tiny)
     windows = calibration.windows_of(corpus.read(text), checkpoint, CONTEXT, 20, 3)
     monkeypatch.setattr(routed, "PIECE", 50)
     inputs = next(calibration.expert_inputs(checkpoint, windows))
-    guide, coarse = Guide("gptq", None, windows, calibration.expert_inputs(checkpoint, windows)), (2, 32)
+    guide = Guide("gptq", None, windows, calibration.expert_inputs(checkpoint, windows))
     guide.approach(inputs.path)
+    every = list(range(inputs.count))
+    widths = {"gate_proj": {2: every[1::2], 3: every[::2]}, "up_proj": {2: every},
+              "down_proj": {6: every[::3], 5: [e for e in every if e % 3]}}  # fmt: skip
     w = {name: inputs.module[name]["weight"] for name in ("gate_proj", "up_proj", "down_proj")}
     exact = {name: np.array(x.astype(mx.float32)).astype(np.float64) for name, x in w.items()}
-    decoded = {}
-    for name, (bits, group) in (("gate_proj", coarse), ("up_proj", coarse), ("down_proj", (6, 32))):
-        parts = guide.quantize(f"{inputs.path}.{name}", w[name], Encoding("affine", "bf16", bits, group))
-        wide = [parts[0], *(p.astype(mx.float32) for p in parts[1:] if p is not None)]
-        decoded[name] = np.array(mx.dequantize(*wide, group_size=group, bits=bits)).astype(np.float64)
+    decoded = {name: np.empty_like(x) for name, x in exact.items()}
+    for name, by_bits in widths.items():
+        for bits, some in by_bits.items():
+            parts = guide.quantize(f"{inputs.path}.{name}", w[name], Encoding("affine", "bf16", bits, 32), some)
+            wide = [parts[0], *(p.astype(mx.float32) for p in parts[1:] if p is not None)]
+            decoded[name][some] = np.array(mx.dequantize(*wide, group_size=32, bits=bits)).astype(np.float64)
     left = {"exact": 0.0, "fitted": 0.0}
     for expert in range(inputs.count):
         tokens, gates = inputs.rows(expert)
@@ -188,7 +195,7 @@ def test_the_last_projection_makes_up_for_the_rounding_of_the_others(
 
         y, disturbed = (hidden(v) * gates[:, None] for v in (exact, decoded))
         if expert < 4:
-            h, pull = inputs.disturbed([expert], stored(inputs.module, guide._stored))
+            h, pull = inputs.disturbed([expert], with_stored(inputs.module, guide._stored))
             np.testing.assert_allclose(h[0], disturbed.T @ disturbed, rtol=1e-3, atol=1e-5)
             np.testing.assert_allclose(pull[0], (y - disturbed).T @ disturbed, rtol=1e-3, atol=1e-5)
         wanted = y @ exact["down_proj"][expert].T
@@ -269,6 +276,24 @@ def test_bad_text_is_a_clear_error_and_nothing_is_written(
                   "--statistics", tmp_path / "s")  # fmt: skip
     assert path.name in outcome.failure()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_of_an_earlier_version_are_refused(statistics: Statistics, tmp_path: Path) -> None:
+    statistics.save(tmp_path / "now")
+    with np.load(tmp_path / "now") as z:
+        np.savez(tmp_path / "then.npz", **{name: z[name] for name in z.files if not name.startswith("squares")})
+    with pytest.raises(SourceError, match="earlier version's statistics") as caught:
+        Statistics.load(tmp_path / "then.npz")
+    assert "delete it" in caught.value.hint
+
+
+def test_other_windows_are_other_knowledge(tiny: Path, text: Path, tmp_path: Path) -> None:
+    """gptq looks at the windows themselves, whatever statistics were saved of: a run of others must not go on."""
+    digests = {
+        prepare(open_checkpoint(tiny), "gptq", Calibration(text, windows, CONTEXT), tmp_path / "s").digest()
+        for windows in (2, 3, 2)
+    }
+    assert len(digests) == 2
 
 
 def test_what_does_not_go_together(tiny: Path, text: Path, tmp_path: Path) -> None:

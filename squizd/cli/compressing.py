@@ -33,8 +33,8 @@ _KNOWN_RECIPES = "int8, int4, int3, int2, mixed (experts 4, rest 8), mixed3, mix
               help="Choose encodings for this many stored bits per weight; needs --calibration.")  # fmt: skip
 @click.option("--target-size", metavar="SIZE", help="The same for a file of at most this size, as 16GB.")
 @click.option("--alike", is_flag=True,
-              help="With a target, one encoding for all experts of a layer: more loss in a file of that size, but no "
-                   "more bits in memory than in the file.")  # fmt: skip
+              help="With a target, one encoding for all experts of a layer, so that none takes the room of a wider one "
+                   "in memory: more loss in a file of that size.")  # fmt: skip
 @click.option("--plan", metavar="FILE", help="Encodings by tensor, as --save-plan wrote them and you may have edited.")
 @click.option("--save-plan", metavar="FILE", help="Write the encodings that were chosen.")
 @click.option("--plan-only", is_flag=True, help="Print the plan and stop.")
@@ -77,8 +77,8 @@ def compress(source: str, output: str | None, recipe: str, as_json: bool, plan_o
 
     options["preparing"] = preparing
     if plan_only:
-        wanted = ("quantizer", "calibration", "statistics", "target_bpw", "target_size", "plan", "save_plan",
-                  "alike", "zstd", "revision", "preparing")  # fmt: skip
+        wanted = ("quantizer", "overrides", "calibration", "statistics", "target_bpw", "target_size", "plan",
+                  "save_plan", "alike", "zstd", "revision", "preparing")  # fmt: skip
         made = run_plan(source, **{key: options[key] for key in wanted})
         calibrating.close()
         click.echo(json.dumps(asdict(made)) if as_json else made.describe())
